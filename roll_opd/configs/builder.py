@@ -1,0 +1,186 @@
+"""Strict construction of the dataclasses from plain dicts: every bad key, type or value is an error with its path."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar, Union
+
+from roll_opd.configs.field_spec import PARSE, RANGE
+from roll_opd.configs.roll_compat import ignored_keys
+from roll_opd.errors import ConfigError
+
+T = TypeVar("T")
+_NUMBER_TEXT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest candidate, or an empty string."""
+    close = difflib.get_close_matches(str(word), list(candidates), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+@functools.cache
+def field_types(cls: Any) -> dict[str, Any]:
+    """Resolved annotations of a dataclass, by field name."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+class Builder:
+    """Builds one config. Collects the keys of ROLL that have no effect here in ``ignored``.
+
+    Args:
+        aliases: internal path prefix to the path that the user wrote, for messages.
+        variables: top-level keys that exist to be interpolated elsewhere; they are not settings.
+        included: top-level keys that come from files under ``defaults:``.
+    """
+
+    def __init__(
+        self,
+        aliases: Mapping[str, str] | None = None,
+        variables: frozenset[str] = frozenset(),
+        included: frozenset[str] = frozenset(),
+    ) -> None:
+        self.aliases = dict(aliases or {})
+        self.variables = variables
+        self.included = included
+        self.ignored: list[str] = []
+        self.tolerated: list[str] = []
+
+    def shown(self, path: str) -> str:
+        """The path as the user wrote it."""
+        for prefix in sorted(self.aliases, key=len, reverse=True):
+            if path == prefix or path.startswith(prefix + "."):
+                return self.aliases[prefix] + path[len(prefix) :]
+        return path
+
+    def build(self, cls: type[T], raw: Any, path: str = "") -> T:
+        """Build dataclass ``cls`` from ``raw``; every problem is a ConfigError with the full path."""
+        if not isinstance(raw, Mapping):
+            raise ConfigError(self.shown(path), f"expected a mapping of settings, got {_describe(raw)}")
+        hints = field_types(typing.cast(Any, cls))
+        fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        values: dict[str, Any] = {}
+        for key, value in raw.items():
+            where = f"{path}.{key}" if path else str(key)
+            if key not in fields:
+                self._unknown(cls, key, where, at_top=not path)
+                continue
+            if value is None and not _accepts_none(hints[key]):
+                # `key: ~` in ROLL's files means "not set".
+                continue
+            values[key] = self._field(fields[key], hints[key], value, where)
+        return cls(**values)
+
+    def _field(self, field: dataclasses.Field[Any], hint: Any, value: Any, path: str) -> Any:
+        parse = field.metadata.get(PARSE)
+        if parse is not None:
+            value = parse(value, self.shown(path))
+        value = self._value(hint, value, path)
+        bounds = field.metadata.get(RANGE)
+        if bounds is not None and value is not None:
+            problem = bounds.problem(value)
+            if problem:
+                raise ConfigError(self.shown(path), problem)
+        return value
+
+    def _unknown(self, cls: type, key: Any, path: str, at_top: bool) -> None:
+        if key in ignored_keys(cls):
+            self.ignored.append(self.shown(path))
+        elif cls.__name__ == "CheckpointArguments" or (at_top and key in self.included - self.variables):
+            # ROLL hands checkpoint_config to storage backends, which take keys of their own; and a shared file
+            # of variables may bring in more of them than this config reads.
+            self.tolerated.append(self.shown(path))
+        elif not (at_top and key in self.variables):
+            hint = did_you_mean(key, list(field_types(cls)) + sorted(ignored_keys(cls))) or _elsewhere(cls, key)
+            raise ConfigError(self.shown(path), f"unknown key{hint}")
+
+    def _value(self, hint: Any, value: Any, path: str) -> Any:
+        origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+        if hint is Any:
+            return value
+        if origin in (Union, types.UnionType):
+            return self._union(arguments, value, path)
+        if origin is Literal:
+            if not any(value == option and type(value) is type(option) for option in arguments):
+                options = ", ".join(str(option) for option in arguments)
+                raise ConfigError(
+                    self.shown(path), f"{value!r} is not one of: {options}{did_you_mean(value, arguments)}"
+                )
+            return value
+        if origin is list:
+            if not isinstance(value, (list, tuple)):
+                raise ConfigError(self.shown(path), f"expected a list, got {_describe(value)}")
+            return [self._value(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(value)]
+        if origin is dict:
+            if not isinstance(value, Mapping):
+                raise ConfigError(self.shown(path), f"expected a mapping, got {_describe(value)}")
+            return {key: self._value(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
+        if dataclasses.is_dataclass(hint):
+            return self.build(typing.cast(type, hint), value, path)
+        return self._scalar(hint, value, path)
+
+    def _union(self, options: tuple[Any, ...], value: Any, path: str) -> Any:
+        if value is None and type(None) in options:
+            return None
+        options = tuple(option for option in options if option is not type(None))
+        if len(options) == 1:
+            return self._value(options[0], value, path)
+        for option in options:
+            if type(value) is option:
+                return value
+        expected = " or ".join(_TYPE_NAMES.get(option, str(option)) for option in options)
+        raise ConfigError(self.shown(path), f"expected {expected}, got {_describe(value)}")
+
+    def _scalar(self, expected: type, value: Any, path: str) -> Any:
+        if expected is float:
+            number = _as_float(value)
+            if number is not None and not math.isfinite(number):
+                raise ConfigError(self.shown(path), f"must be a finite number, got {value!r}")
+            if number is not None:
+                return number
+        elif type(value) is expected:
+            return value
+        advice = "; write it in quotes" if expected is str and isinstance(value, (bool, int, float)) else ""
+        raise ConfigError(self.shown(path), f"expected {_TYPE_NAMES[expected]}, got {_describe(value)}{advice}")
+
+
+def _as_float(value: Any) -> float | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, (int, float)):
+        return float(value)
+    # YAML 1.1 reads 5e-7 (no dot) as text.
+    if isinstance(value, str) and _NUMBER_TEXT.fullmatch(value.strip()):
+        return float(value)
+    return None
+
+
+def _accepts_none(hint: Any) -> bool:
+    return hint is Any or type(None) in typing.get_args(hint)
+
+
+def _describe(value: Any) -> str:
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, Mapping):
+        return f"a mapping with the keys {', '.join(map(str, list(value)[:4])) or '(none)'}"
+    names = {bool: "true/false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+    return f"{value!r} ({names.get(type(value), type(value).__name__)})"
+
+
+def _elsewhere(cls: type, key: Any) -> str:
+    """Point at the nested block that knows the key, for settings written one level too high."""
+    for name, hint in field_types(cls).items():
+        for option in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(option) and key in field_types(typing.cast(type, option)):
+                return f"; it belongs under '{name}': {name}.{key}"
+    return ""

@@ -1,0 +1,203 @@
+"""Rules that span several fields. A rule about one field stands beside the field; see ``field_spec``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from roll_opd.configs.opd_checks import check_opd
+from roll_opd.configs.pipeline_config import PipelineConfig
+from roll_opd.configs.resolve import parallel_size
+from roll_opd.configs.roles import teacher_key
+from roll_opd.configs.worker_config import WorkerConfig
+from roll_opd.errors import ConfigError
+
+TRAIN_STRATEGIES = ("fsdp2_train", "megatron_train")
+GENERATE_STRATEGIES = ("vllm", "hf_infer", "sglang")
+SCORE_STRATEGIES = ("hf_infer", "fsdp2_infer", "megatron_infer", "vllm", "remote")
+
+
+def check_config(config: PipelineConfig, raw: Mapping[str, Any], names: Mapping[str, str], warnings: list[str]) -> None:
+    """Raise ConfigError for what cannot work; add to ``warnings`` what looks wrong but may run."""
+    _check_strategies(config, names, warnings)
+    _check_schedules(config, names, warnings)
+    _check_lengths(config, names, warnings)
+    _check_sampling(config, names)
+    _check_data(config, names, warnings)
+    _check_rewards(config)
+    _check_unused(config, names, warnings)
+    _check_batches(config, names, warnings)
+    _check_devices(config, names, warnings)
+    if config.teachers:
+        check_opd(config, raw, names, warnings)
+    elif "opd_args" in raw or raw.get("opd_kl_coef") is not None:
+        key = "opd_args" if "opd_args" in raw else "opd_kl_coef"
+        warnings.append(f"{key}: has no effect, because no teacher is configured")
+    if config.adv_estimator == "gae" and config.critic is None:
+        raise ConfigError("adv_estimator", "gae needs a critic; add 'critic:', or use reinforce, grpo or rloo")
+
+
+def roles_of(config: PipelineConfig, names: Mapping[str, str]) -> dict[str, WorkerConfig]:
+    """Every role that holds a model, by its path in the YAML."""
+    roles: dict[str, WorkerConfig] = {
+        names["actor_train"]: config.actor_train,
+        names["actor_infer"]: config.actor_infer,
+        **{names[teacher_key(name)]: teacher for name, teacher in config.teachers.items()},
+    }
+    if config.reference is not None:
+        roles["reference"] = config.reference
+    if config.critic is not None:
+        roles["critic"] = config.critic
+    return roles
+
+
+def data_parallel_size(worker: WorkerConfig, path: str) -> int:
+    """Ranks of a trainer that see different samples; ConfigError when the parallel sizes do not divide its devices."""
+    strategy = worker.strategy_args
+    assert strategy is not None
+    ranks = worker.world_size or 1
+    if strategy.strategy_name.startswith("megatron"):
+        keys = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        shared = 1
+        for key in keys:
+            shared *= parallel_size(strategy, key, path)
+        what = "tensor x pipeline x context parallel size"
+    else:
+        shared, what = worker.model_args.ulysses_size, "ulysses_size"
+    if ranks % shared:
+        where = f"{path}.device_mapping" if worker.device_mapping is not None else f"{path}.world_size"
+        raise ConfigError(where, f"{ranks} ranks do not divide by {shared} ({what})")
+    return ranks // shared
+
+
+def _check_schedules(config: PipelineConfig, names: Mapping[str, str], warnings: list[str]) -> None:
+    for path, worker in {names["actor_train"]: config.actor_train, "critic": config.critic}.items():
+        if worker is None or worker.training_args.lr_scheduler_type != "constant":
+            continue
+        for key in ("warmup_steps", "warmup_ratio"):
+            length = getattr(worker.training_args, key)
+            if length > 0:
+                warnings.append(
+                    f"{path}.training_args.lr_scheduler_type: 'constant' has no warm-up, so {key} {length:g} has no "
+                    f"effect; constant_with_warmup has one"
+                )
+
+
+def _check_strategies(config: PipelineConfig, names: Mapping[str, str], warnings: list[str]) -> None:
+    allowed = {
+        names["actor_train"]: ("train", TRAIN_STRATEGIES),
+        names["actor_infer"]: ("generate", GENERATE_STRATEGIES),
+    }
+    allowed["critic"] = ("train", TRAIN_STRATEGIES)
+    for path, worker in roles_of(config, names).items():
+        assert worker.strategy_args is not None
+        strategy = worker.strategy_args.strategy_name
+        job, options = allowed.get(path, ("score", SCORE_STRATEGIES))
+        if strategy not in options:
+            problem = f"{strategy!r} cannot {job}; use one of: {', '.join(options)}"
+            raise ConfigError(f"{path}.strategy_args.strategy_name", problem)
+        if strategy == "sglang":
+            warnings.append(
+                f"{path}.strategy_args.strategy_name: sglang is planned only; a launch needs vllm or hf_infer"
+            )
+        if strategy.startswith(("fsdp2", "megatron")):
+            data_parallel_size(worker, path)
+
+
+def _check_lengths(config: PipelineConfig, names: Mapping[str, str], warnings: list[str]) -> None:
+    assert config.response_length is not None and config.sequence_length is not None
+    total = config.prompt_length + config.response_length
+    if config.pipeline == "rlvr" and total > config.sequence_length:
+        problem = (
+            f"{config.sequence_length} is less than prompt_length + response_length = {total}; raise it or leave it out"
+        )
+        raise ConfigError("sequence_length", problem)
+    sampling = {f"{names['actor_infer']}.generating_args.max_new_tokens": config.actor_infer.generating_args}
+    for path, args in sampling.items():
+        assert args is not None and args.max_new_tokens is not None
+        if args.max_new_tokens > config.response_length:
+            warnings.append(
+                f"{path}: {args.max_new_tokens} is more than response_length; {config.response_length} is the bound"
+            )
+
+
+def _check_sampling(config: PipelineConfig, names: Mapping[str, str]) -> None:
+    args, path = config.actor_infer.generating_args, f"{names['actor_infer']}.generating_args"
+    assert args is not None
+    if args.temperature <= 0:
+        raise ConfigError(
+            f"{path}.temperature", f"must be > 0, got {args.temperature!r}: training needs samples, not the argmax"
+        )
+    if not args.do_sample:
+        raise ConfigError(f"{path}.do_sample", "must be true: training needs samples, not the argmax")
+    if args.top_k < 0:
+        raise ConfigError(f"{path}.top_k", f"must be >= 0 (0 and -1 keep all tokens), got {args.top_k}")
+
+
+def _check_data(config: PipelineConfig, names: Mapping[str, str], warnings: list[str]) -> None:
+    path = f"{names['actor_train']}.data_args"
+    data = config.actor_train.data_args
+    if config.pipeline == "rlvr" and (data is None or not data.file_name):
+        raise ConfigError(f"{path}.file_name", "no training prompts; name at least one data file")
+    probs = data.domain_interleave_probs if data else None
+    if probs:
+        field = f"{path}.domain_interleave_probs"
+        for domain, share in probs.items():
+            if share < 0:
+                raise ConfigError(f"{field}.{domain}", f"must be >= 0, got {share}")
+        if abs(sum(probs.values()) - 1) > 1e-3:
+            if not sum(probs.values()):
+                raise ConfigError(field, "all shares are 0; give at least one domain a share")
+            warnings.append(f"{field}: the shares add up to {sum(probs.values()):g}, not 1; they are scaled")
+
+
+def _check_rewards(config: PipelineConfig) -> None:
+    for name, reward in config.rewards.items():
+        if not reward.worker_cls:
+            raise ConfigError(f"rewards.{name}.worker_cls", "missing: it names the class that grades the responses")
+    if config.mode != "pure_opd" and config.pipeline == "rlvr" and not config.rewards:
+        raise ConfigError("rewards", "missing: without pure distillation the RLVR pipeline trains on rewards")
+
+
+def _check_unused(config: PipelineConfig, names: Mapping[str, str], warnings: list[str]) -> None:
+    """Settings that load and have no effect: a file of ROLL may keep them, its user should know."""
+    named = [key for key in ("global_template", "tag_to_template") if getattr(config, key)]
+    blocks = {f"{names['actor_train']}.data_args": config.actor_train.data_args}
+    blocks["validation.data_args"] = config.validation.data_args if config.validation else None
+    blocks |= {f"rewards.{name}.data_args": reward.data_args for name, reward in config.rewards.items()}
+    named += [f"{path}.template" for path, data in blocks.items() if data and data.template not in (None, "native")]
+    if named:
+        warnings.append(f"the tokenizer's own chat template is used, whatever these name: {', '.join(named)}")
+    if config.mode == "pure_opd":
+        for name, reward in config.rewards.items():
+            for key in ("query_filter_config", "response_filter_config"):
+                if getattr(reward, key).type != "no_filter":
+                    warnings.append(f"rewards.{name}.{key}: has no effect, rewards never filter in pure distillation")
+
+
+def _check_batches(config: PipelineConfig, names: Mapping[str, str], warnings: list[str]) -> None:
+    path, worker = names["actor_train"], config.actor_train
+    training = worker.training_args
+    dp = data_parallel_size(worker, path)
+    mini_batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * dp
+    samples = config.rollout_batch_size * config.num_return_sequences_in_group
+    if config.pipeline == "rlvr" and samples % mini_batch:
+        parts = f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps} x {dp}"
+        problem = (
+            f"an optimizer step takes {mini_batch} samples (per_device_train_batch_size x gradient_accumulation_steps "
+            f"x data-parallel ranks = {parts}), but a rollout has {samples} (rollout_batch_size x "
+            f"num_return_sequences_in_group); the last optimizer step of each rollout is smaller"
+        )
+        warnings.append(f"{path}.training_args: {problem}")
+
+
+def _check_devices(config: PipelineConfig, names: Mapping[str, str], warnings: list[str]) -> None:
+    available = config.num_nodes * config.num_gpus_per_node
+    roles = {**roles_of(config, names), **{f"rewards.{name}": reward for name, reward in config.rewards.items()}}
+    for path, worker in roles.items():
+        if worker.device_mapping is not None and max(worker.device_mapping) >= available:
+            problem = (
+                f"device {max(worker.device_mapping)} lies outside num_nodes x num_gpus_per_node = {config.num_nodes} "
+                f"x {config.num_gpus_per_node} = {available} devices; the live cluster decides at launch"
+            )
+            warnings.append(f"{path}.device_mapping: {problem}")

@@ -1,0 +1,219 @@
+"""What loads and plans, but does not run in this version. The launcher asks before it starts anything.
+
+Nothing that changes a result may be ignored: a setting is read, refused at launch, or named in the launch's warning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from roll_opd.configs.checks import roles_of
+from roll_opd.configs.data_args import DataArguments
+from roll_opd.configs.loader import LoadedConfig
+from roll_opd.configs.pipeline_config import PipelineConfig, RLVRConfig
+from roll_opd.configs.worker_config import TeacherConfig, WorkerConfig
+from roll_opd.errors import ConfigError
+
+# Whoever makes a strategy or a value run adds it here, and its refusal disappears.
+RUNNABLE_STRATEGIES: dict[str, tuple[str, ...]] = {
+    "actor_train": ("fsdp2_train",),
+    "actor_infer": ("hf_infer",),
+    "teacher": ("hf_infer",),
+}
+RUNNABLE_PIPELINES = ("rlvr",)
+RUNNABLE_MODES = ("pure_opd",)
+RUNNABLE_OBJECTIVE: dict[str, tuple[str | None, ...]] = {
+    "objective": ("policy_gradient",),
+    "support": ("sampled",),
+    "base_model": (None,),
+}
+# Fields of the pipeline that must keep their default until someone implements them.
+NOT_YET = [
+    "async_generation_ratio",
+    "importance_sampling",
+    "train_infer_correction",
+    "is_use_additional_prompts",
+    "dataset_filter",
+    "use_policy_loss_type",
+    "rl_loss_coef",
+    "postive_loss_coef",
+    "use_topr_neg_loss_coef",
+    "use_topr_loss",
+    "use_reward_scaling",
+    "use_reward_norm",
+    "add_len_reward",
+    "difficulty_loss_weight",
+    "length_loss_weight",
+    "max_len_mask",
+    "difficulty_mask",
+    "error_max_len_clip",
+    "rollout_dump_dir",
+]
+NOT_YET_MODEL = [
+    "lora_target",
+    "adapter_name_or_path",
+    "freeze_module_prefix",
+    "moe_aux_loss_coef",
+    "ulysses_size",
+    "model_config_kwargs",
+    "tokenizer_name_or_path",
+    "chat_template",
+    "additional_target",
+]
+NOT_YET_GENERATING = ["min_p", "repetition_penalty", "ignore_eos", "include_stop_str_in_output"]
+# For roles that hold a model; a reward's class is read.
+NOT_YET_WORKER = ["worker_cls"]
+# Each could change a verdict.
+NOT_YET_REWARD = [
+    "response_length_penalty_coef",
+    "reward_type",
+    "format_pattern",
+    "code_url",
+    "use_local",
+    "judge_prompt",
+    "judge_model_type",
+    "judge_model_name",
+    "judge_api_url",
+    "judge_api_key",
+]
+# Strategies that have no settings of their own.
+WITHOUT_STRATEGY_CONFIG = ("hf_infer", "fsdp2_train")
+# Settings that only affect speed or memory and that nothing reads yet; whoever reads one removes it here.
+UNREAD_PIPELINE = ["val_batch_size"]
+UNREAD_WORKER = [
+    "use_dynamic_batching_in_train",
+    "use_dynamic_batching_in_infer",
+    "max_tokens_per_microbatch_in_train",
+    "max_tokens_per_microbatch_in_infer",
+    "logits_in_fp32",
+]
+UNREAD_MODEL = ["attn_implementation"]
+UNREAD_PACKING = ["algorithm", "min_num_micro_batches_forward", "min_num_micro_batches_train"]
+UNREAD_DATA = ["preprocessing_num_workers"]
+_SUFFIX = "is not run by this version yet"
+
+
+def launch_blockers(loaded: LoadedConfig) -> list[ConfigError]:
+    """Everything in ``loaded`` that this version cannot run, each with the nearest value that it can."""
+    config, names = loaded.config, loaded.yaml_names
+    found: list[ConfigError] = []
+    if config.mode not in RUNNABLE_MODES:
+        field = "use_opd" if config.mode == "mixed_opd" else ""
+        found.append(ConfigError(field, f"mode {config.mode} {_SUFFIX}; start start_onpolicy_distill_pipeline.py"))
+    if config.pipeline not in RUNNABLE_PIPELINES:
+        field = "pure_opd_pipeline_type" if config.is_pure_opd else "pipeline"
+        found.append(ConfigError(field, f"{config.pipeline!r} {_SUFFIX}; use rlvr"))
+    if len(config.teachers) > 1:
+        found.append(ConfigError("teacher", f"{len(config.teachers)} teachers: more than one {_SUFFIX}; keep one"))
+    found += _strategies(loaded)
+    for key, values in RUNNABLE_OBJECTIVE.items():
+        given = getattr(config.opd_args, key)
+        if given not in values:
+            found.append(ConfigError(f"opd_args.{key}", f"{given!r} {_SUFFIX}; use {' or '.join(map(repr, values))}"))
+    if config.teachers and config.kl_penalty != "kl":
+        found.append(ConfigError("kl_penalty", f"{config.kl_penalty!r} {_SUFFIX}; use 'kl'"))
+    found += _changed(config, NOT_YET, "")
+    for path, worker in roles_of(config, names).items():
+        found += _changed(worker, NOT_YET_WORKER, path)
+        if isinstance(worker, TeacherConfig):
+            found += _changed(worker.teacher_args, ["context_template"], f"{path}.teacher_args")
+        found += _changed(worker.model_args, NOT_YET_MODEL, f"{path}.model_args")
+        found += _backend_settings(worker, path)
+    found += _changed(config.actor_infer.generating_args, NOT_YET_GENERATING, f"{names['actor_infer']}.generating_args")
+    if config.validation is not None:
+        found += _changed(config.validation.generating_args, NOT_YET_GENERATING, "validation.generating_args")
+    for path, data in _data_blocks(config, names).items():
+        if data.dataset_type not in ("json", "jsonl"):
+            found.append(ConfigError(f"{path}.dataset_type", f"{data.dataset_type!r} {_SUFFIX}; use json (JSON lines)"))
+        if len(data.domain_interleave_probs or {}) > 1:
+            problem = f"mixing of several domains {_SUFFIX}; remove it to take rows as they come"
+            found.append(ConfigError(f"{path}.domain_interleave_probs", problem))
+    for name, reward in config.rewards.items():
+        found += _changed(reward, NOT_YET_REWARD, f"rewards.{name}")
+        if reward.device_mapping is not None:
+            problem = f"a reward on GPUs {_SUFFIX}; remove it: rewards run in world_size CPU processes"
+            found.append(ConfigError(f"rewards.{name}.device_mapping", problem))
+    return found
+
+
+def launch_warnings(loaded: LoadedConfig) -> list[str]:
+    """One line that names the changed settings which this version does not read; empty when there are none.
+
+    They only affect speed or memory: what would change a result is refused by :func:`launch_blockers`.
+    """
+    config, names = loaded.config, loaded.yaml_names
+    unread = _changed(config, UNREAD_PIPELINE, "")
+    for path, worker in roles_of(config, names).items():
+        unread += _changed(worker, UNREAD_WORKER, path)
+        unread += _changed(worker.model_args, UNREAD_MODEL, f"{path}.model_args")
+        unread += _changed(worker.sequence_packing_args, UNREAD_PACKING, f"{path}.sequence_packing_args")
+    for path, data in _data_blocks(config, names).items():
+        unread += _changed(data, UNREAD_DATA, path)
+    if not unread:
+        return []
+    fields = ", ".join(error.field for error in unread)
+    return [f"settings for speed or memory that this version does not read: {fields}"]
+
+
+def _data_blocks(config: PipelineConfig, names: Mapping[str, str]) -> dict[str, DataArguments]:
+    blocks = {f"{names['actor_train']}.data_args": config.actor_train.data_args}
+    blocks["validation.data_args"] = config.validation.data_args if config.validation else None
+    return {path: data for path, data in blocks.items() if data is not None}
+
+
+def _backend_settings(worker: WorkerConfig, path: str) -> list[ConfigError]:
+    """Refuse what the role's strategy would ignore or cannot do."""
+    assert worker.strategy_args is not None
+    strategy = worker.strategy_args.strategy_name
+    found = []
+    if strategy in WITHOUT_STRATEGY_CONFIG:
+        for key in worker.strategy_args.strategy_config:
+            problem = f"{strategy} has no settings of its own and would ignore this one; remove it"
+            found.append(ConfigError(f"{path}.strategy_args.strategy_config.{key}", problem))
+    if strategy == "fsdp2_train" and worker.model_args.dtype == "fp16":
+        problem = f"training in 'fp16' needs loss scaling, which {_SUFFIX}; use bf16 or fp32"
+        found.append(ConfigError(f"{path}.model_args.dtype", problem))
+    if strategy == "hf_infer" and worker.num_gpus_per_worker > 1:
+        problem = f"a model over several devices {_SUFFIX} with hf_infer; use 1"
+        found.append(ConfigError(f"{path}.num_gpus_per_worker", problem))
+    return found
+
+
+def _strategies(loaded: LoadedConfig) -> list[ConfigError]:
+    config, names = loaded.config, loaded.yaml_names
+    jobs = {names["actor_train"]: "actor_train", names["actor_infer"]: "actor_infer"}
+    found = []
+    for path, worker in roles_of(config, names).items():
+        if path in ("reference", "critic"):
+            continue
+        runnable = RUNNABLE_STRATEGIES[jobs.get(path, "teacher")]
+        assert worker.strategy_args is not None
+        strategy = worker.strategy_args.strategy_name
+        if strategy not in runnable:
+            field = f"{path}.strategy_args.strategy_name"
+            found.append(ConfigError(field, f"{strategy!r} {_SUFFIX}; use {' or '.join(runnable)}"))
+    return found
+
+
+def _changed(block: Any, keys: list[str], path: str) -> list[ConfigError]:
+    """Refuse the fields among ``keys`` that differ from their defaults."""
+    defaults = RLVRConfig() if isinstance(block, PipelineConfig) else type(block)()
+    present = {field.name for field in dataclasses.fields(block)}
+    found = []
+    for key in keys:
+        if key in present and getattr(block, key) != getattr(defaults, key, None):
+            field = f"{path}.{key}" if path else key
+            found.append(ConfigError(field, f"this setting {_SUFFIX}; {_use(getattr(defaults, key))}"))
+    return found
+
+
+def _use(default: Any) -> str:
+    """Advise a default in YAML's spelling."""
+    if isinstance(default, str):
+        return f"use {default}"
+    if default is None or isinstance(default, (bool, int, float)):
+        return f"use {json.dumps(default)}"
+    return "remove it"

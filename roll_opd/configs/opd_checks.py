@@ -1,0 +1,124 @@
+"""Distillation settings whose gradient is not the one they name are refused here, with the reason (SPEC section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from roll_opd.configs.opd_args import OPDArguments
+from roll_opd.configs.pipeline_config import PipelineConfig
+from roll_opd.configs.roles import teacher_key
+from roll_opd.errors import ConfigError
+
+# What an inference engine reports: the sampled token and its own top-k, never a whole row or somebody else's set.
+ENGINE_SUPPORTS = ("sampled", "teacher_topk")
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """An objective as the pipeline computes it, after ROLL's ``kl_penalty`` has been read as an alias."""
+
+    objective: str
+    divergence: str
+    support: str
+
+
+def effective_estimator(config: PipelineConfig, explicit_kl_penalty: bool) -> Estimator:
+    """Resolve ``opd_args`` and, when the user wrote it, ``kl_penalty``. The latter is only read beside a teacher."""
+    args = config.opd_args
+    if not explicit_kl_penalty or config.kl_penalty == "kl":
+        return Estimator(args.objective, args.divergence, args.support)
+    if config.kl_penalty == "k3":
+        # As a loss, k3 has the gradient of the forward KL.
+        return Estimator(args.objective, "forward_kl", "sampled")
+    return Estimator(args.objective, "reverse_kl", "full" if config.kl_penalty == "full" else "sampled")
+
+
+def check_opd(config: PipelineConfig, raw: Mapping[str, Any], names: Mapping[str, str], warnings: list[str]) -> None:
+    """Raise ConfigError for a distillation objective that cannot do what it says."""
+    args = config.opd_args
+    user = raw.get("opd_args") or {}
+    explicit = raw.get("kl_penalty") is not None
+    if explicit:
+        _check_kl_penalty(config, user)
+    _check_objective(args, effective_estimator(config, explicit), user, config.mode, warnings)
+    _check_logprob_source(config, names)
+    _check_teachers(config, effective_estimator(config, explicit), names)
+
+
+def _check_kl_penalty(config: PipelineConfig, user: Mapping[str, Any]) -> None:
+    for key in ("divergence", "support"):
+        if user.get(key) is not None:
+            problem = f"is ROLL's name for opd_args.divergence and support, and opd_args.{key} is given too; keep one"
+            raise ConfigError("kl_penalty", problem)
+    penalty, objective = config.kl_penalty, config.opd_args.objective
+    if objective == "policy_gradient" and penalty in ("abs", "mse", "k3"):
+        reason = "as an advantage it pushes every sampled token down and is not the gradient of a divergence"
+        fix = "use 'kl'" if penalty == "abs" else "use 'kl', or opd_args.objective: direct"
+        raise ConfigError("kl_penalty", f"{penalty!r} cannot be a policy-gradient score: {reason}; {fix}")
+    if objective == "policy_gradient" and penalty == "full":
+        reason = "a sum over the vocabulary that is one number per position has zero expected gradient as an advantage"
+        raise ConfigError(
+            "kl_penalty", f"'full' cannot be a policy-gradient score: {reason}; use 'kl', or opd_args.objective: direct"
+        )
+    if objective == "direct" and penalty == "kl":
+        reason = "the sampled log-ratio has zero expected gradient as a loss"
+        raise ConfigError(
+            "kl_penalty", f"'kl' cannot be a direct loss: {reason}; use 'mse' (gradient of the reverse KL)"
+        )
+    if objective == "direct" and penalty == "abs":
+        raise ConfigError(
+            "kl_penalty", "'abs' as a loss is not the gradient of a divergence; use 'mse', 'k3' or 'full'"
+        )
+
+
+def _check_objective(
+    args: OPDArguments, estimator: Estimator, user: Mapping[str, Any], mode: str, warnings: list[str]
+) -> None:
+    if estimator.objective == "policy_gradient" and estimator.support != "sampled":
+        reason = "a sum over a set of tokens that is one number per position has zero expected gradient as an advantage"
+        problem = f"{estimator.support!r} does not go with objective 'policy_gradient': {reason}"
+        raise ConfigError("opd_args.support", f"{problem}; use support: sampled, or objective: direct")
+    if estimator.objective == "direct" and args.apply_to == "reward":
+        problem = "'reward' does not go with objective 'direct', whose divergence is a loss of its own"
+        raise ConfigError("opd_args.apply_to", f"{problem}; use objective: policy_gradient, or remove apply_to")
+    if estimator.objective == "direct" and estimator.support == "sampled" and estimator.divergence == "jsd":
+        problem = "'jsd' on the sampled token alone has no unbiased direct loss here"
+        raise ConfigError(
+            "opd_args.divergence", f"{problem}; use support: full or union_topk, or objective: policy_gradient"
+        )
+    if mode == "pure_opd" and args.uncovered == "reward_only":
+        problem = "'reward_only' needs an external reward in the signal, and pure distillation has none"
+        raise ConfigError("opd_args.uncovered", f"{problem}; use error or skip")
+    if mode == "pure_opd" and args.apply_to == "reward":
+        warnings.append("opd_args.apply_to: 'reward' and 'advantage' are the same in pure distillation (discount 0)")
+    if "jsd_beta" in user and estimator.divergence != "jsd":
+        warnings.append(f"opd_args.jsd_beta: has no effect with divergence {estimator.divergence}")
+    for key in ("top_k", "add_tail"):
+        if key in user and not estimator.support.endswith("topk"):
+            warnings.append(f"opd_args.{key}: has no effect with support {estimator.support}")
+
+
+def _check_logprob_source(config: PipelineConfig, names: Mapping[str, str]) -> None:
+    sampling = config.actor_infer.generating_args
+    assert sampling is not None
+    if config.opd_args.student_logprob_source == "infer" and not sampling.is_untruncated:
+        path = f"{names['actor_infer']}.generating_args"
+        problem = (
+            f"'infer' takes the engine's own log-probabilities, which {path} makes those of a different distribution"
+        )
+        fix = "set temperature 1, top_p 1, top_k 0 and no other filter there, or student_logprob_source: train"
+        raise ConfigError("opd_args.student_logprob_source", f"{problem}; {fix}")
+
+
+def _check_teachers(config: PipelineConfig, estimator: Estimator, names: Mapping[str, str]) -> None:
+    for name, teacher in config.teachers.items():
+        assert teacher.strategy_args is not None
+        strategy = teacher.strategy_args.strategy_name
+        if strategy in ("vllm", "remote") and estimator.support not in ENGINE_SUPPORTS:
+            path = f"{names[teacher_key(name)]}.strategy_args.strategy_name"
+            problem = f"{strategy!r} reports {' and '.join(ENGINE_SUPPORTS)} only, but it needs {estimator.support}"
+            raise ConfigError(
+                path, f"{problem}; use hf_infer, fsdp2_infer or megatron_infer, or another opd_args.support"
+            )

@@ -1,0 +1,196 @@
+"""What follows from other settings: fallbacks for paths and lengths, worker counts, and what pure mode forces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from roll_opd.configs.generating_args import GeneratingArguments
+from roll_opd.configs.pipeline_config import PipelineConfig
+from roll_opd.configs.roles import teacher_key
+from roll_opd.configs.strategy_args import StrategyArguments, StrategyName
+from roll_opd.configs.worker_config import WorkerConfig
+from roll_opd.errors import ConfigError
+
+P = TypeVar("P", bound=PipelineConfig)
+W = TypeVar("W", bound=WorkerConfig)
+
+DEFAULT_RESPONSE_LENGTH = 1024
+# Field, the value pure distillation needs, and why.
+FORCED_IN_PURE_MODE: tuple[tuple[str, Any, str], ...] = (
+    ("adv_estimator", "reinforce", "the advantage is the teacher's log-ratio"),
+    ("gamma", 0.0, "each token answers for itself"),
+    ("critic", None, "there is no return to predict"),
+    ("critic_warmup", 0, "there is no critic"),
+    ("use_kl_loss", False, "there is no reference beside the teacher"),
+    ("kl_loss_coef", 0.0, "there is no reference beside the teacher"),
+    ("add_token_level_kl", False, "there is no reference beside the teacher"),
+    ("init_kl_coef", 0.0, "there is no reference beside the teacher"),
+    ("whiten_advantages", False, "it would cancel opd_kl_coef and amplify noise once student and teacher agree"),
+    ("whiten_rewards", False, "it would cancel opd_kl_coef and amplify noise once student and teacher agree"),
+)
+
+
+def resolve(config: P, raw: Mapping[str, Any], names: Mapping[str, str], warnings: list[str]) -> P:
+    """Return ``config`` with everything filled in; ``raw`` tells what the user set, ``warnings`` is added to."""
+    config = _lengths(config, raw, names)
+    config = _model_paths(config, names)
+    if config.is_pure_opd:
+        config = _force_pure(config, raw, warnings)
+    config = _generation(config, names, warnings)
+    teachers = {
+        name: _worker(teacher, f"teacher-{name}" if len(config.teachers) > 1 else "teacher", "hf_infer", path, warnings)
+        for name, teacher in config.teachers.items()
+        for path in (names[teacher_key(name)],)
+    }
+    rewards = {
+        name: _worker(reward, f"reward-{name}", None, f"rewards.{name}", warnings)
+        for name, reward in config.rewards.items()
+    }
+    train_name, infer_name = names["actor_train"], names["actor_infer"]
+    config = replace(
+        config,
+        actor_train=_worker(config.actor_train, train_name, "fsdp2_train", train_name, warnings),
+        actor_infer=_worker(config.actor_infer, infer_name, "hf_infer", infer_name, warnings),
+        teachers=teachers,
+        rewards=rewards,
+    )
+    if config.reference is not None:
+        config = replace(config, reference=_worker(config.reference, "reference", "hf_infer", "reference", warnings))
+    if config.critic is not None:
+        config = replace(config, critic=_worker(config.critic, "critic", "fsdp2_train", "critic", warnings))
+    limit = config.sequence_length
+    return replace(
+        config,
+        actor_train=_row_limits(config.actor_train, limit),
+        actor_infer=_row_limits(config.actor_infer, limit),
+        teachers={name: _row_limits(teacher, limit) for name, teacher in config.teachers.items()},
+        reference=config.reference and _row_limits(config.reference, limit),
+        critic=config.critic and _row_limits(config.critic, limit),
+    )
+
+
+def _row_limits(worker: W, sequence_length: int | None) -> W:
+    """Fill the limits of packed rows that the user left to the pipeline."""
+    packing = worker.sequence_packing_args
+    if not worker.use_sequence_packing:
+        return worker
+    packing = replace(
+        packing,
+        max_packed_sequence_length_forward=packing.max_packed_sequence_length_forward or sequence_length,
+        max_packed_sequence_length_train=packing.max_packed_sequence_length_train or sequence_length,
+    )
+    return replace(worker, sequence_packing_args=packing)
+
+
+def _lengths(config: P, raw: Mapping[str, Any], names: Mapping[str, str]) -> P:
+    prompt, response, total = config.prompt_length, config.response_length, config.sequence_length
+    if response is None and total is not None and config.pipeline == "agentic":
+        # An episode interleaves turns: only its whole length is bounded.
+        response = total
+    elif response is None and total is not None:
+        if total <= prompt:
+            raise ConfigError("sequence_length", f"{total} leaves no room for a response after prompt_length {prompt}")
+        response = total - prompt
+    if response is None:
+        given = config.actor_infer.generating_args
+        response = (given.max_new_tokens if given else None) or DEFAULT_RESPONSE_LENGTH
+    return replace(config, response_length=response, sequence_length=total or prompt + response)
+
+
+def _model_paths(config: P, names: Mapping[str, str]) -> P:
+    """Each role without a path falls back on its own; a teacher's explicit or missing path is never replaced."""
+    train, infer = config.actor_train, config.actor_infer
+    train_path, infer_path = train.model_args.model_name_or_path, infer.model_args.model_name_or_path
+    fallback = config.pretrain or train_path or infer_path
+    if fallback is None:
+        path = f"{names['actor_train']}.model_args.model_name_or_path"
+        raise ConfigError(path, "no model: set it here, or set 'pretrain' for both roles of the student")
+    config = replace(config, actor_train=_with_model(train, fallback), actor_infer=_with_model(infer, fallback))
+    for name, teacher in config.teachers.items():
+        if not teacher.model_args.model_name_or_path:
+            path = f"{names[teacher_key(name)]}.model_args.model_name_or_path"
+            raise ConfigError(
+                path, "a teacher needs a model of its own; 'pretrain' is the student's and is never used for it"
+            )
+    if config.reference is not None:
+        config = replace(config, reference=_with_model(config.reference, fallback))
+    if config.critic is not None:
+        config = replace(config, critic=_with_model(config.critic, config.reward_pretrain or fallback))
+    return config
+
+
+def _with_model(worker: W, fallback: str) -> W:
+    if worker.model_args.model_name_or_path:
+        return worker
+    return replace(worker, model_args=replace(worker.model_args, model_name_or_path=fallback))
+
+
+def _force_pure(config: P, raw: Mapping[str, Any], warnings: list[str]) -> P:
+    for name, value, reason in FORCED_IN_PURE_MODE:
+        if raw.get(name) is not None and getattr(config, name) != value:
+            shown = "the configured one" if isinstance(raw[name], Mapping) else repr(raw[name])
+            warnings.append(f"{name}: pure distillation uses {value!r} in place of {shown}, because {reason}")
+    forced = {name: value for name, value, _ in FORCED_IN_PURE_MODE}
+    return replace(config, **forced)
+
+
+def _generation(config: P, names: Mapping[str, str], warnings: list[str]) -> P:
+    infer = config.actor_infer
+    sampling = infer.generating_args or GeneratingArguments()
+    path = f"{names['actor_infer']}.generating_args"
+    group = config.num_return_sequences_in_group
+    if sampling.num_return_sequences not in (None, group) and config.pipeline == "rlvr":
+        problem = f"num_return_sequences_in_group ({group}) decides how many samples a prompt gets"
+        warnings.append(f"{path}.num_return_sequences: {sampling.num_return_sequences} has no effect, {problem}")
+    limit = sampling.max_new_tokens or config.response_length
+    sampling = replace(sampling, max_new_tokens=limit, num_return_sequences=group)
+    config = replace(config, actor_infer=replace(infer, generating_args=sampling))
+    if config.validation is not None:
+        held_out = config.validation.generating_args
+        held_out = replace(
+            held_out,
+            max_new_tokens=held_out.max_new_tokens or config.response_length,
+            num_return_sequences=held_out.num_return_sequences or 1,
+        )
+        config = replace(config, validation=replace(config.validation, generating_args=held_out))
+    return config
+
+
+def gpus_per_worker(worker: WorkerConfig, path: str) -> int:
+    """Devices of one worker: engines span their tensor and pipeline parallel size, trainers take one each."""
+    strategy = worker.strategy_args
+    if strategy is None or strategy.strategy_name == "hf_infer":
+        return worker.num_gpus_per_worker
+    if strategy.strategy_name == "vllm":
+        return parallel_size(strategy, "tensor_parallel_size", path) * parallel_size(
+            strategy, "pipeline_parallel_size", path
+        )
+    return worker.num_gpus_per_worker if strategy.strategy_name == "sglang" else 1
+
+
+def parallel_size(strategy: StrategyArguments, key: str, path: str) -> int:
+    """Read one parallel size of a backend's settings; 1 when absent."""
+    size = strategy.strategy_config.get(key, 1)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ConfigError(f"{path}.strategy_args.strategy_config.{key}", f"expected a whole number >= 1, got {size!r}")
+    return size
+
+
+def _worker(worker: W, name: str, strategy: StrategyName | None, path: str, warnings: list[str]) -> W:
+    if worker.strategy_args is None and strategy is not None:
+        worker = replace(worker, strategy_args=StrategyArguments(strategy_name=strategy))
+    per_worker = gpus_per_worker(worker, path)
+    world_size = worker.world_size or 1
+    if worker.device_mapping is not None:
+        count = len(worker.device_mapping)
+        if count % per_worker:
+            problem = (
+                f"{count} devices do not divide into workers of {per_worker} devices (tensor x pipeline parallel size)"
+            )
+            raise ConfigError(f"{path}.device_mapping", problem)
+        world_size = count // per_worker
+        if worker.world_size not in (None, world_size):
+            warnings.append(f"{path}.world_size: {worker.world_size} has no effect, device_mapping gives {world_size}")
+    return replace(worker, name=worker.name or name, world_size=world_size, num_gpus_per_worker=per_worker)

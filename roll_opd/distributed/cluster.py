@@ -1,0 +1,100 @@
+"""The processes of one role as one object."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from roll_opd.configs.worker_config import WorkerConfig
+from roll_opd.distributed.placement import Placement
+from roll_opd.distributed.process_spec import ProcessSpec, thread_environment
+from roll_opd.distributed.runtime import LOOPBACK, get
+
+logger = logging.getLogger(__name__)
+
+
+class Cluster:
+    """Starts one actor per worker of a role.
+
+    Args:
+        role: canonical role name.
+        config: the role's settings.
+        worker_cls: takes a :class:`ProcessSpec`.
+        placement: says where the workers go.
+        threads: threads per process.
+        log_dir: folder of the processes' log files.
+        seed: of torch's global generator in each process.
+        system_envs: environment variables of every process of the run.
+        timeout: seconds that a call may take.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        config: WorkerConfig,
+        worker_cls: type,
+        *,
+        placement: Placement,
+        threads: int,
+        log_dir: str,
+        seed: int,
+        system_envs: dict[str, Any],
+        timeout: float = 3600.0,
+    ) -> None:
+        self.role = role
+        self.config = config
+        self.timeout = timeout
+        self.workers: list[Any] = []
+        slots = placement.slots(config, threads)
+        environment = thread_environment(threads) | {
+            k: str(v) for k, v in {**system_envs, **config.system_envs}.items()
+        }
+        if ray.util.get_node_ip_address() == LOOPBACK:
+            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        for rank, slot in enumerate(slots):
+            options: dict[str, Any] = {
+                # CPU processes are many and mostly idle; threads, not Ray's CPU slots, are what we share out.
+                "num_cpus": 0,
+                "runtime_env": {"env_vars": environment},
+                "max_restarts": 0,
+            }
+            if slot.node is not None and placement.group is not None:
+                options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                    placement.group, placement_group_bundle_index=slot.node
+                )
+            spec = ProcessSpec(role, rank, len(slots), slot.gpu_ids, slot.threads, log_dir, seed)
+            self.workers.append(ray.remote(worker_cls).options(**options).remote(spec))
+
+    def __len__(self) -> int:
+        return len(self.workers)
+
+    def start_all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """Call ``method`` with the same arguments on every worker; return the references at once."""
+        return [getattr(worker, method).remote(*args, **kwargs) for worker in self.workers]
+
+    def call_all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """Call ``method`` with the same arguments on every worker and wait for all."""
+        return self.wait(self.start_all(method, *args, **kwargs), method)
+
+    def call_each(self, method: str, per_worker: list[tuple[Any, ...]]) -> list[Any]:
+        """Call ``method`` on every worker with its own arguments and wait for all."""
+        refs = [getattr(w, method).remote(*args) for w, args in zip(self.workers, per_worker, strict=True)]
+        return self.wait(refs, method)
+
+    def wait(self, refs: Any, method: str) -> Any:
+        """Wait for answers to ``method``, no longer than the run's ``rpc_timeout``."""
+        return get(refs, self.timeout, f"{self.role}.{method}")
+
+    def connect_ranks(self) -> None:
+        """Form the process group of the role's ranks."""
+        host, port = self.wait(self.workers[0].open_rendezvous.remote(), "open_rendezvous")
+        self.call_all("join", host, port, self.config.backend_timeout)
+
+    def stop(self) -> None:
+        """End the processes."""
+        for worker in self.workers:
+            ray.kill(worker, no_restart=True)
+        self.workers = []

@@ -1,0 +1,45 @@
+"""What a worker process is told at its start; imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ProcessSpec:
+    """What a worker process has to know about itself.
+
+    Attributes:
+        role: for example ``actor_train``.
+        rank: this process among the role's.
+        world_size: processes of the role.
+        gpu_ids: GPUs of this node that it may use; empty for a CPU process.
+        threads: threads for tensor work.
+        log_dir: where its log file goes.
+        seed: of torch's global generator.
+    """
+
+    role: str
+    rank: int
+    world_size: int
+    gpu_ids: tuple[int, ...]
+    threads: int
+    log_dir: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of the process in logs."""
+        return f"{self.role}-{self.rank}"
+
+
+def thread_environment(threads: int) -> dict[str, str]:
+    """Environment of a process that shall use ``threads`` cores; must be set before torch is imported."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": str(threads),
+        # Idle threads sleep instead of spinning: roles take turns on the same cores.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }

@@ -1,0 +1,166 @@
+"""A batched decoding loop over a static key-value cache, for the ``hf_infer`` strategy.
+
+Prompts are left-padded to one width; each prompt of a group is computed once and its cache copied to the group's
+samples. Sequences that have finished leave the batch when they are half of it, and are handed out at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
+
+from roll_opd.algorithms.sampler import sample, token_logprob
+from roll_opd.distributed.strategy.base import GenerateRequest, GenerateResult, Sampling
+from roll_opd.distributed.strategy.packed_model import PackedModel
+from roll_opd.trajectory import FinishReason
+
+
+@dataclass
+class _Sequence:
+    """A response being sampled."""
+
+    request: GenerateRequest
+    uniforms: np.ndarray
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    kept: float = 0.0
+    finish_reason: FinishReason | None = None
+    handed_out: bool = False
+
+    def result(self, version: int) -> GenerateResult:
+        n = len(self.tokens)
+        return GenerateResult(
+            id=self.request.id,
+            response_ids=np.array(self.tokens, dtype=np.int32),
+            infer_logprobs=np.array(self.logprobs, dtype=np.float32),
+            weight_version=np.full(n, version, dtype=np.int32),
+            finish_reason=self.finish_reason or "length",
+            sampled_mass=self.kept / max(n, 1),
+        )
+
+
+class DecodingLoop:
+    """Samples batches of responses from a :class:`PackedModel`.
+
+    Args:
+        model: the weights; its device decides where the work is done.
+        stop_ids: token ids that end a response (and belong to it).
+        decode: turns token ids into text; used for stop strings alone.
+    """
+
+    def __init__(self, model: PackedModel, stop_ids: Sequence[int], decode: Callable[[list[int]], str]) -> None:
+        self.model = model
+        self.stop_ids = frozenset(stop_ids)
+        self.decode = decode
+
+    @torch.inference_mode()
+    def run(self, requests: Sequence[GenerateRequest], version: int) -> Iterator[GenerateResult]:
+        """Sample one batch (all requests with the same :class:`Sampling`); yield results as sequences finish."""
+        sampling = requests[0].sampling
+        live = [_Sequence(r, _uniforms(r.seed, sampling.max_new_tokens)) for r in requests]
+        logits, cache, visible = self._prefill(requests, sampling.max_new_tokens)
+        for step in range(sampling.max_new_tokens):
+            self._draw(live, logits, step, sampling)
+            last = step + 1 == sampling.max_new_tokens
+            for sequence in live:
+                if sequence.finish_reason is not None and not sequence.handed_out:
+                    sequence.handed_out = True
+                    yield sequence.result(version)
+            keep = [i for i, s in enumerate(live) if s.finish_reason is None]
+            if last or not keep:
+                break
+            if 2 * len(keep) <= len(live):
+                live = [live[i] for i in keep]
+                visible = visible[torch.tensor(keep, device=visible.device)]
+                _select_rows(cache, keep)
+            logits, visible = self._forward_one([s.tokens[-1] for s in live], cache, visible)
+        for sequence in live:
+            if sequence.finish_reason is None:
+                yield sequence.result(version)
+
+    def _prefill(self, requests: Sequence[GenerateRequest], max_new: int) -> tuple[Tensor, StaticCache, Tensor]:
+        """Compute each distinct prompt once; return next-token logits, cache, and the visible-key mask ``[b, P]``."""
+        device = next(self.model.parameters()).device
+        distinct = list(dict.fromkeys(r.prompt_ids for r in requests))
+        row_of = {prompt: i for i, prompt in enumerate(distinct)}
+        width = max(len(p) for p in distinct)
+        tokens = torch.zeros(len(distinct), width, dtype=torch.long)
+        visible = torch.zeros(len(distinct), width, dtype=torch.bool)
+        for i, prompt in enumerate(distinct):
+            tokens[i, width - len(prompt) :] = torch.tensor(prompt)
+            visible[i, width - len(prompt) :] = True
+        tokens, visible = tokens.to(device), visible.to(device)
+        causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+        # A padding row must see something, or its softmax is NaN and the NaN spreads through the cache: itself.
+        own = torch.eye(width, dtype=torch.bool, device=device)
+        mask = (causal & visible[:, None, :]) | own
+        cache = StaticCache(config=self.model.lm.config, max_cache_len=width + max_new)
+        positions = (visible.cumsum(-1) - 1).clamp_(min=0)
+        logits = self._logits(tokens, positions, mask[:, None], cache)
+        rows = [row_of[r.prompt_ids] for r in requests]
+        _select_rows(cache, rows)
+        index = torch.tensor(rows, device=device)
+        return logits[index], cache, visible[index]
+
+    def _forward_one(self, tokens: list[int], cache: StaticCache, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """Feed one token per row; return next-token logits and the grown mask."""
+        visible = torch.cat([visible, visible.new_ones(len(visible), 1)], dim=1)
+        column = torch.tensor(tokens, device=visible.device)[:, None]
+        positions = visible.sum(-1, keepdim=True) - 1
+        return self._logits(column, positions, visible[:, None, None, :], cache), visible
+
+    def _logits(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: StaticCache) -> Tensor:
+        output = self.model.lm.base_model(
+            input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
+        )
+        weight, bias = self.model.head()
+        logits = torch.nn.functional.linear(output.last_hidden_state[:, -1], weight, bias).float()
+        cap = self.model.soft_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _draw(self, live: list[_Sequence], logits: Tensor, step: int, sampling: Sampling) -> None:
+        """Append one token to every unfinished sequence and note which of them end with it."""
+        if sampling.greedy:
+            tokens = logits.argmax(-1)
+            logprobs, kept = token_logprob(logits, tokens), torch.exp(token_logprob(logits, tokens))
+        else:
+            uniform = torch.tensor([s.uniforms[step] for s in live], dtype=torch.float64, device=logits.device)
+            tokens, logprobs, kept = sample(
+                logits, uniform, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k
+            )
+        for sequence, token, logprob, mass in zip(live, tokens.tolist(), logprobs.tolist(), kept.tolist(), strict=True):
+            if sequence.finish_reason is not None:
+                continue
+            sequence.tokens.append(token)
+            sequence.logprobs.append(logprob)
+            sequence.kept += mass
+            if token in self.stop_ids or self._hits_stop_string(sequence.tokens, sampling.stop_strings):
+                sequence.finish_reason = "stop"
+
+    def _hits_stop_string(self, tokens: list[int], stop_strings: tuple[str, ...]) -> bool:
+        if not stop_strings:
+            return False
+        # A token is at least one byte, so the last len(stop) tokens, and some slack for split characters, suffice.
+        tail = self.decode(tokens[-(max(len(s.encode()) for s in stop_strings) + 4) :])
+        return any(s in tail for s in stop_strings)
+
+
+def _uniforms(seed: int, count: int) -> np.ndarray:
+    """The random numbers of one request: ``[count]`` in [0, 1), from its seed alone."""
+    return np.random.Generator(np.random.Philox(seed)).random(count)
+
+
+def _select_rows(cache: StaticCache, rows: list[int]) -> None:
+    """Keep (or repeat) the given rows of every layer of ``cache``."""
+    for layer in cache.layers:
+        assert isinstance(layer, StaticLayer) and layer.keys is not None and layer.values is not None
+        index = torch.tensor(rows, device=layer.keys.device)
+        layer.keys = layer.keys.index_select(0, index)
+        layer.values = layer.values.index_select(0, index)
+        layer.batch_size = len(rows)

@@ -1,0 +1,138 @@
+"""``hf_infer``: a plain transformers model in one process, for generation and for scoring."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+
+import torch
+
+from roll_opd.configs.worker_config import WorkerConfig
+from roll_opd.distributed.strategy.base import (
+    GenerateRequest,
+    GenerateResult,
+    ScoreRequest,
+    ScoreResult,
+    WeightBucket,
+    tensor_checksum,
+)
+from roll_opd.distributed.strategy.decoding import DecodingLoop
+from roll_opd.distributed.strategy.packed_model import PackedModel, as_bytes, load_model
+from roll_opd.distributed.strategy.scoring import rows_of, score_row
+from roll_opd.distributed.strategy.tokenizer import Vocabulary
+from roll_opd.errors import GenerationError, ModelError
+
+logger = logging.getLogger(__name__)
+
+
+class HFStrategy:
+    """Generates and scores with one copy of the model.
+
+    Args:
+        role: named in messages.
+        config: the role's worker config.
+        vocabulary: the student's tokenizer facts; ids beyond it never enter a softmax.
+        device: where the weights live.
+        generates: whether the role must be able to sample; scoring alone is possible for more models.
+
+    Raises:
+        ModelError: the model cannot be loaded, or not do what is asked of it.
+    """
+
+    def __init__(
+        self, role: str, config: WorkerConfig, vocabulary: Vocabulary, device: torch.device, *, generates: bool
+    ) -> None:
+        self.config = config
+        self.vocabulary = vocabulary
+        self.model: PackedModel = load_model(
+            config.model_args, role=role, vocab_size=vocabulary.size, device=device
+        ).requires_grad_(False)
+        if generates and not self.model.packs:
+            raise ModelError(
+                f"{role}.model_args.model_name_or_path: hf_infer generates only with models whose every layer attends "
+                f"to all earlier tokens; {config.model_args.model_name_or_path!r} has sliding windows or the like"
+            )
+        self.version = 0
+        self._loop = DecodingLoop(self.model, vocabulary.stop_ids, vocabulary.decode)
+        # One request list, scoring call or weight update at a time: they share the weights and the cores.
+        self._lock = threading.Lock()
+        self._parameters = dict(self.model.lm.named_parameters(remove_duplicate=False))
+
+    async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[GenerateResult]:
+        """See :class:`~roll_opd.distributed.strategy.base.GenerateStrategy`; the work is done in a thread."""
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[GenerateResult | BaseException | None] = asyncio.Queue()
+
+        def work() -> None:
+            outcome: BaseException | None = None
+            try:
+                for result in self._run(requests):
+                    loop.call_soon_threadsafe(queue.put_nowait, result)
+            except BaseException as error:  # noqa: BLE001 - handed to the caller, who raises it
+                outcome = error
+            loop.call_soon_threadsafe(queue.put_nowait, outcome)
+
+        task = loop.run_in_executor(None, work)
+        while isinstance(item := await queue.get(), GenerateResult):
+            yield item
+        await task
+        if item is not None:
+            raise item
+
+    def _run(self, requests: Sequence[GenerateRequest]) -> Iterator[GenerateResult]:
+        with self._lock:
+            for batch in _batches(requests, self.config.infer_batch_size):
+                yield from self._loop.run(batch, self.version)
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
+        """See :class:`~roll_opd.distributed.strategy.base.ScoreStrategy`."""
+        results: list[ScoreResult] = []
+        with self._lock, torch.inference_mode():
+            for row in rows_of(requests, self.config):
+                results += score_row(self.model, row)
+        return results
+
+    def begin_weight_update(self, version: int) -> None:
+        """See :class:`~roll_opd.distributed.strategy.base.GenerateStrategy`; waits for what is being generated."""
+        self._lock.acquire()
+
+    @torch.no_grad()
+    def load_weights(self, bucket: WeightBucket) -> dict[str, int]:
+        """See :class:`~roll_opd.distributed.strategy.base.GenerateStrategy`; copies in place."""
+        for name, dtype, shape, raw in bucket.tensors:
+            if name not in self._parameters:
+                raise GenerationError(f"weight update: the generating model has no parameter {name!r}")
+            # copy(): what comes from the object store is read-only memory.
+            tensor = torch.from_numpy(raw.copy()).view(getattr(torch, dtype)).reshape(shape)
+            if tensor.shape != self._parameters[name].shape:
+                raise GenerationError(
+                    f"weight update: {name!r} is {tuple(shape)} in training, {tuple(self._parameters[name].shape)} in "
+                    f"generation; both student roles must name the same model"
+                )
+            self._parameters[name].copy_(tensor)
+        return dict(bucket.checksums)
+
+    def finish_weight_update(self, version: int) -> Mapping[str, int]:
+        """See :class:`~roll_opd.distributed.strategy.base.GenerateStrategy`."""
+        self.version = version
+        sums = {name: tensor_checksum(as_bytes(p)) for name, p in self._parameters.items()}
+        self._lock.release()
+        return sums
+
+    def weight_dtype(self) -> str:
+        """The dtype in which weights should be sent here, as torch names it."""
+        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
+
+def _batches(requests: Sequence[GenerateRequest], size: int) -> Iterator[list[GenerateRequest]]:
+    """Cut into batches of at most ``size`` that share one :class:`Sampling`, in the order given."""
+    batch: list[GenerateRequest] = []
+    for request in requests:
+        if batch and (len(batch) == size or request.sampling != batch[0].sampling):
+            yield batch
+            batch = []
+        batch.append(request)
+    if batch:
+        yield batch

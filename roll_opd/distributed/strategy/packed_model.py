@@ -1,0 +1,214 @@
+"""The model forward over packed rows, and the one place where logits are shifted against tokens.
+
+The logits at position ``t - 1`` predict token ``t``. :func:`shifted` turns "tokens wanted" into "hidden states to
+read", and nothing outside this file knows about it.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from roll_opd.algorithms.token_logprobs import chunked_token_logprobs
+from roll_opd.configs.model_args import ModelArguments
+from roll_opd.distributed.strategy import attention
+from roll_opd.errors import ModelError
+from roll_opd.trajectory import PackedBatch
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def shifted(batch: PackedBatch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return ``(source, target)`` positions: the hidden state at ``source[i]`` predicts the token at ``target[i]``.
+
+    Raises:
+        ValueError: the first token of a sequence is marked as sampled; nothing predicts it.
+    """
+    target = np.flatnonzero(batch.response_mask)
+    if np.isin(target, batch.cu_seqlens[:-1]).any():
+        raise ValueError("the first token of a sequence cannot be a sampled one: it has no prompt before it")
+    return target - 1, target
+
+
+class PackedModel(nn.Module):
+    """A causal language model whose forward gives token log-probabilities of a packed row.
+
+    The head is applied chunk by chunk inside the forward, where FSDP2 has gathered its weight.
+
+    Args:
+        lm: a transformers causal language model.
+        vocab_size: ids at and above this are padding and take no part in any softmax.
+        packs: whether the attention of ``lm`` reads ``cu_seq_lens_q`` (see :func:`load_model`).
+    """
+
+    def __init__(self, lm: PreTrainedModel, vocab_size: int, packs: bool = True) -> None:
+        super().__init__()
+        self.lm = lm
+        self.vocab_size = vocab_size
+        self.packs = packs
+        text_config = lm.config.get_text_config()
+        self.soft_cap: float | None = getattr(text_config, "final_logit_softcapping", None)
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Return the output projection's weight ``[V, H]`` and bias, padding trimmed."""
+        projection = self.lm.get_output_embeddings()
+        bias = getattr(projection, "bias", None)
+        return projection.weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
+
+    def hidden_states(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Return the final hidden states ``[N, H]`` of a packed row."""
+        extra: dict[str, Any] = {}
+        if self.packs:
+            longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+            extra = {
+                "cu_seq_lens_q": cu_seqlens,
+                "cu_seq_lens_k": cu_seqlens,
+                "max_length_q": longest,
+                "max_length_k": longest,
+            }
+        # use_cache=False is not a saving but a condition: with the default cache transformers builds a mask that
+        # ignores the segment boundaries.
+        output = self.lm.base_model(
+            input_ids=tokens[None], position_ids=positions[None], use_cache=False, return_dict=True, **extra
+        )
+        return output.last_hidden_state[0]
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, source: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return log-probability and entropy ``[n]`` of the tokens at ``target``, read at ``source``."""
+        hidden = self.hidden_states(tokens, positions, cu_seqlens)[source]
+        weight, bias = self.head()
+        return chunked_token_logprobs(hidden, weight, tokens[target], bias_V=bias, soft_cap=self.soft_cap)
+
+    def token_logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor, NDArray[np.int64]]:
+        """Forward ``batch``; return ``logprobs [n]``, ``entropy [n]`` and the positions ``[n]`` they speak about."""
+        device = next(self.parameters()).device
+        source, target = shifted(batch)
+
+        def put(array: NDArray[Any]) -> Tensor:
+            return torch.as_tensor(np.array(array), device=device)
+
+        logprobs, entropy = self(
+            put(batch.tokens), put(batch.positions), put(batch.cu_seqlens), put(source), put(target)
+        )
+        return logprobs, entropy, target
+
+
+def load_model(
+    args: ModelArguments, *, role: str, vocab_size: int, device: torch.device, dtype: torch.dtype | None = None
+) -> PackedModel:
+    """Load a causal language model and check that our forward is its forward.
+
+    Args:
+        args: which model, in which dtype.
+        role: named in error messages.
+        vocab_size: size of the tokenizer's vocabulary.
+        device: where the parameters are put.
+        dtype: overrides ``args.dtype`` (a trainer keeps fp32 masters).
+
+    Raises:
+        ModelError: the path does not hold a loadable model, or a model whose head we would compute wrongly.
+    """
+    path = args.model_name_or_path
+    if path is None:
+        raise ModelError(f"{role}.model_args.model_name_or_path is not set")
+    attention.register()
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ModelError(f"{role}.model_args.model_name_or_path: the folder {path!r} holds no config.json")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+        _without_dropout(config, role)
+        packs = _fully_causal(config)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype or DTYPES[args.dtype],
+            attn_implementation=attention.NAME if packs else "sdpa",
+            trust_remote_code=args.trust_remote_code,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        # Policy: refuse. A damaged folder makes transformers raise anything, from its validators to ZeroDivisionError.
+        where = "" if Path(path).exists() else " (no such folder here, and no cached or reachable hub model)"
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise ModelError(f"{role}.model_args.model_name_or_path: cannot load {path!r}{where}: {reason}") from error
+    lm, loading = loaded
+    # transformers fills what a file lacks with random numbers and goes on; such a model must neither teach nor learn.
+    absent = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    if absent:
+        raise ModelError(
+            f"{role}.model_args.model_name_or_path: the weights in {path!r} lack {len(absent)} tensor(s) of the model, "
+            f"or have them in another shape; first {absent[0]}"
+        )
+    if lm.get_output_embeddings() is None:
+        raise ModelError(f"{role}.model_args.model_name_or_path: {path!r} has no language-model head")
+    rows = lm.get_output_embeddings().weight.shape[0]
+    if rows < vocab_size:
+        raise ModelError(f"{role}: the head of {path!r} has {rows} rows, the tokenizer {vocab_size} tokens")
+    model = PackedModel(lm, vocab_size, packs).to(device).eval()
+    _check_head(model, role)
+    return model
+
+
+def _without_dropout(config: Any, role: str) -> None:
+    """Switch every dropout of a model off.
+
+    Old and new log-probabilities must be those of the same function; with dropout the ratio of an unchanged model would
+    not be 1. Attention reads its rate from the config at every call, so modules alone would not do.
+    """
+    text = config.get_text_config()
+    rates = [n for n, v in vars(text).items() if "drop" in n and isinstance(v, float) and v > 0]
+    for name in rates:
+        setattr(text, name, 0.0)
+    if rates:
+        logger.warning("%s: dropout of the model is switched off (%s)", role, ", ".join(rates))
+
+
+def _fully_causal(config: Any) -> bool:
+    """Whether every layer attends to all earlier tokens; only then may our attention function serve the model."""
+    text = config.get_text_config()
+    layer_types = getattr(text, "layer_types", None) or []
+    sliding = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+    return all(kind == "full_attention" for kind in layer_types) if layer_types else not sliding
+
+
+@torch.no_grad()
+def _check_head(model: PackedModel, role: str) -> None:
+    """Compare our log-probabilities with the model's own logits on a few tokens.
+
+    Some families scale or shift their logits after the head; better to refuse them here than to train on wrong scores.
+    """
+    device = next(model.parameters()).device
+    tokens = torch.arange(1, 9, device=device) % model.vocab_size
+    if model.packs:
+        # Some families cap or shift their attention scores, which our attention function would not do: ask the
+        # model's own code, not ours.
+        model.lm.set_attn_implementation("eager")
+    logits = model.lm(input_ids=tokens[None], use_cache=False).logits[0]
+    if model.packs:
+        model.lm.set_attn_implementation(attention.NAME)
+    expected = logits[:-1, : model.vocab_size].float().log_softmax(-1).gather(-1, tokens[1:, None]).squeeze(-1)
+    steps = torch.arange(8, device=device)
+    bounds = torch.tensor([0, 8], dtype=torch.int32, device=device)
+    ours, _ = model(tokens, steps, bounds, steps[:-1], steps[1:])
+    tolerance = 1e-3 if logits.dtype == torch.float32 else 0.25
+    if not torch.allclose(ours, expected, atol=tolerance, rtol=0.0):
+        raise ModelError(
+            f"{role}.model_args.model_name_or_path: we do not compute the logits of {type(model.lm).__name__} as it "
+            f"does itself (off by {float((ours - expected).abs().max()):.2g}); this family is not supported"
+        )
+
+
+def as_bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """View a tensor's values as bytes, on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -1,0 +1,260 @@
+"""The loop: sync weights, validate when due, collect, advantages, train, checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from roll_opd.algorithms.opd import log_ratio, opd_advantages
+from roll_opd.algorithms.policy_loss import PolicyLoss
+from roll_opd.configs import LoadedConfig, config_for_checkpoint_json, resume_conflicts
+from roll_opd.configs.pipeline_config import PipelineConfig
+from roll_opd.distributed.checkpoint import CONFIG_FILE, CheckpointFolder, read_json, read_state
+from roll_opd.distributed.strategy.base import ScoreRequest, ScoreResult
+from roll_opd.distributed.weight_sync import WeightSync
+from roll_opd.errors import ConfigError
+from roll_opd.pipeline.batching import micro_batches, mini_batch_size, mini_batches, rank_shares, undeal
+from roll_opd.pipeline.metrics import opd_metrics, rollout_metrics
+from roll_opd.pipeline.report import RunReport
+from roll_opd.pipeline.role_clusters import RoleClusters
+from roll_opd.pipeline.trajectory_stream import Batch, Draw, TrajectoryStream
+from roll_opd.trajectory import Trajectory, TrajectoryId, check_per_token
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 1.0
+"""Seconds that a step waits for the verdicts of rewards that only monitor, unless they were late the last time."""
+
+
+class BasePipeline(ABC):
+    """What every pipeline shares. A subclass says where trajectories come from and how the student is validated.
+
+    Args:
+        loaded: a checked config.
+
+    Attributes:
+        step: the step that runs next; also the version of the weights it samples with.
+        tokenizer: the student's, set by :meth:`prepare`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(self, loaded: LoadedConfig) -> None:
+        self.loaded = loaded
+        self.config: PipelineConfig = loaded.config
+        self.step = 0
+        self.report = RunReport(self.config)
+        checkpoints = self.report.folder.checkpoints
+        self.checkpoints = CheckpointFolder(checkpoints, self.config.max_ckpt_to_keep)
+        self.loss = policy_loss_of(self.config)
+        self._rewards_in_time = True
+
+    # ---- what a subclass provides --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Read data and check whatever can be checked before a process is started."""
+
+    @abstractmethod
+    def build_stream(self, clusters: RoleClusters) -> TrajectoryStream:
+        """Return the stream that this pipeline's trajectories come from."""
+
+    @abstractmethod
+    def draws(self, batch: int) -> Iterable[Draw]:
+        """Name the prompts of a batch; a pure function of its number."""
+
+    @abstractmethod
+    def validate(self) -> None:
+        """Measure the student on held-out prompts and report it."""
+
+    # ---- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Train; return the summary that is also written to ``summary.json``."""
+        resume_from = self.checkpoints.find(self.config.resume_from_checkpoint)
+        self.prepare()
+        with contextlib.ExitStack() as stack:
+            self.checkpoints.set_aside(resume_from)
+            stack.enter_context(self.report.open(self._restore_state(resume_from), self.loaded))
+            with self.report.phase("start"):
+                self._start(stack, resume_from)
+            for step in range(self.step, self.config.max_steps):
+                self._run_step(step)
+            self.sync_weights()
+            self.report.final = True
+            if self.config.eval_steps > 0:
+                self.validate()
+            return self.report.finish(self.config.max_steps)
+
+    def _run_step(self, step: int) -> None:
+        self.sync_weights()
+        if self.config.eval_steps > 0 and step % self.config.eval_steps == 0:
+            self.validate()
+        batch = self.collect()
+        trajectories = self.compute_advantages(batch)
+        metrics = self.train(trajectories)
+        trajectories = self.with_verdicts(batch, trajectories)
+        metrics |= rollout_metrics(trajectories, version=step) | opd_metrics(trajectories)
+        metrics["teacher/failed_requests"] = float(self.clusters.teacher_pool.failures)
+        metrics["reward/failed"] = float(self.clusters.reward_pool.failures)
+        self.step = step + 1
+        last = self.step == self.config.max_steps
+        self.report.step(step, metrics, trajectories, self.tokenizer)
+        if last or (self.config.save_steps > 0 and step > 0 and step % self.config.save_steps == 0):
+            self.save_checkpoint(step, final=last)
+
+    def _start(self, stack: contextlib.ExitStack, resume_from: Path | None) -> None:
+        self.clusters = RoleClusters(self.loaded, self.report.folder.logs)
+        stack.callback(self.clusters.stop)
+        if resume_from is not None:
+            self.clusters.train.call_all("load", str(resume_from / "actor_train"))
+            logger.info("resumed from %s: step %d comes next", resume_from, self.step)
+        self.weight_sync = WeightSync(
+            self.clusters.train, self.clusters.infer, self.config.model_update_buffer_size_mb << 20
+        )
+        self.stream = self.build_stream(self.clusters)
+        stack.callback(self.stream.close)
+        self.stream.start(self.draws, self.step, self.config.max_steps)
+
+    def sync_weights(self) -> None:
+        """Give the generator the weights of this step; only then may its rollout begin."""
+        with self.report.phase("weight_sync"):
+            self.weight_sync.sync(self.step)
+
+    def collect(self) -> Batch:
+        """Let the stream run on these weights and wait for the step's batch."""
+        with self.report.phase("rollout"):
+            self.stream.weights_ready(self.step)
+            batch = self.stream.collect()
+        self.report.add_seconds("generate", batch.seconds["generate"])
+        return batch
+
+    def with_verdicts(self, batch: Batch, trajectories: list[Trajectory]) -> list[Trajectory]:
+        """Add rewards that only monitor: they had the time of the update to come, and once late are not waited for."""
+        graded = self.stream.verdicts(batch, PATIENCE if self._rewards_in_time else 0.0)
+        covered = [t for t in graded if self.clusters.reward_pool.route(t.tag) is not None]
+        self._rewards_in_time = all(t.reward is not None for t in covered)
+        return [
+            dataclasses.replace(t, reward=g.reward, correct=g.correct)
+            for t, g in zip(trajectories, graded, strict=True)
+        ]
+
+    def compute_advantages(self, batch: Batch) -> list[Trajectory]:
+        """Add ``old_logprobs`` and ``advantages`` to the trajectories."""
+        with self.report.phase("old_logprobs"):
+            trajectories = self._with_old_logprobs(batch.trajectories)
+        with self.report.phase("advantages"):
+            return [self._with_advantages(t) for t in trajectories]
+
+    def _with_old_logprobs(self, trajectories: list[Trajectory]) -> list[Trajectory]:
+        if self.config.opd_args.student_logprob_source == "infer":
+            return [dataclasses.replace(t, old_logprobs=t.infer_logprobs) for t in trajectories]
+        requests = [ScoreRequest(t.id, t.tokens, t.response_mask) for t in trajectories]
+        shares = rank_shares(requests, len(self.clusters.train))
+        results: list[ScoreResult] = undeal(self.clusters.train.call_each("score", [(share,) for share in shares]))
+        out = []
+        for trajectory, request, result in zip(trajectories, requests, results, strict=True):
+            assert result.checksum == request.checksum, f"scores of {result.id} for {trajectory.id}"
+            check_per_token("old_logprobs", result.logprobs, trajectory)
+            out.append(dataclasses.replace(trajectory, old_logprobs=result.logprobs))
+        return out
+
+    def _with_advantages(self, t: Trajectory) -> Trajectory:
+        """``A_t = - sum_i c_i (student - teacher_i)`` on the sampled tokens, or another divergence's score."""
+        assert t.old_logprobs is not None
+        student, mask = torch.tensor(t.old_logprobs), torch.tensor(t.response_mask)
+        names = sorted(t.teacher_scores)
+        args = self.config.opd_args
+        scores = [torch.tensor(t.teacher_scores[n].logprobs) for n in names]
+        ratios = [log_ratio(student, teacher, mask, args.log_ratio_clip) for teacher in scores]
+        coefs = [self.config.teacher_coef(n) for n in names]
+        advantages = opd_advantages(ratios, coefs, args.divergence, args.jsd_beta)
+        if self.config.advantage_clip is not None:
+            advantages = advantages.clamp(-self.config.advantage_clip, self.config.advantage_clip)
+        return dataclasses.replace(t, advantages=advantages.numpy().astype(np.float32))
+
+    def train(self, trajectories: list[Trajectory]) -> dict[str, float]:
+        """Update the student on the batch; return the metrics of its optimizer steps, averaged."""
+        config, cluster = self.config, self.clusters.train
+        seen: set[TrajectoryId] = set()
+        for trajectory in trajectories:
+            assert trajectory.id not in seen, f"trajectory {trajectory.id} twice in one batch"
+            seen.add(trajectory.id)
+        size = mini_batch_size(config.actor_train, len(cluster))
+        limit = config.response_length or 1
+        updates: list[dict[str, float]] = []
+        with self.report.phase("train"):
+            for _ in range(config.ppo_epochs):
+                for mini_batch in mini_batches(trajectories, size):
+                    ranks = micro_batches(mini_batch, config.actor_train, len(cluster), config.loss_agg_mode, limit)
+                    updates.append(_update_metrics(cluster.call_each("train_step", [(r, self.loss) for r in ranks])))
+        return {name: float(np.mean([u[name] for u in updates])) for name in updates[0]} | {
+            "train/num_updates": float(len(updates))
+        }
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, step: int, final: bool) -> None:
+        """Write a checkpoint; the last one also holds the student in Hugging Face format."""
+
+        def write(folder: Path) -> None:
+            self.clusters.train.call_all("save", str(folder / "actor_train"))
+            if final:
+                self.clusters.train.call_all("export_hf", str(folder))
+                self.tokenizer.save_pretrained(folder)
+            (folder / CONFIG_FILE).write_text(config_for_checkpoint_json(self.config))
+
+        with self.report.phase("checkpoint"):
+            state = {"step": step, "report": self.report.state()}
+            self.report.checkpoint = self.checkpoints.save(step, state, write)
+
+    def _restore_state(self, resume_from: Path | None) -> dict[str, Any] | None:
+        if resume_from is None:
+            return None
+        state = read_state(resume_from)
+        refused, noted = resume_conflicts(read_json(resume_from / CONFIG_FILE), self.config, self.loaded.yaml_names)
+        if refused:
+            raise ConfigError(
+                "resume_from_checkpoint",
+                f"{resume_from} was made with other values of {', '.join(refused)}, which would mix two runs; restore "
+                f"them, or start a new run from the model that a finished run leaves",
+            )
+        for path in noted:
+            logger.warning("%s differs from the run that made %s", path, resume_from)
+        self.step = int(state["step"]) + 1
+        self.report.checkpoint = resume_from
+        return dict(state["report"]) | {"next_step": self.step}
+
+
+def policy_loss_of(config: PipelineConfig) -> PolicyLoss:
+    """The per-token loss that a config describes."""
+    low, high = (config.pg_clip_low, config.pg_clip_high) if config.use_pg_clip_range else (config.pg_clip,) * 2
+    # The dual clip's bound is ROLL's 1 + 2 * pg_clip.
+    return PolicyLoss(
+        low, high, 1.0 + 2.0 * config.pg_clip if config.dual_clip_loss else None, config.entropy_loss_coef
+    )
+
+
+def _update_metrics(ranks: list[dict[str, float]]) -> dict[str, float]:
+    """Metrics of one optimizer step; sums are global already, maxima are not."""
+    first = ranks[0]
+    tokens = max(first["sum/tokens"], 1.0)
+    return {
+        "train/loss": first["loss"],
+        "train/grad_norm": first["grad_norm"],
+        "train/lr": first["lr"],
+        "train/entropy": first["sum/entropy"] / tokens,
+        "train/ratio": first["sum/ratio"] / tokens,
+        "train/ratio_max": max(r["max/ratio"] for r in ranks),
+        "train/clip_fraction": first["sum/clipped"] / tokens,
+        "train/old_minus_new_logprob": first["sum/old_minus_new"] / tokens,
+    }

@@ -1,0 +1,71 @@
+"""From a step's trajectories to optimizer steps, ranks and micro-batches; none of it changes the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from roll_opd.algorithms.aggregation import sequence_weights
+from roll_opd.configs.worker_config import WorkerConfig
+from roll_opd.distributed.strategy.base import TrainItem
+from roll_opd.trajectory import Trajectory
+
+T = TypeVar("T")
+
+
+def mini_batch_size(config: WorkerConfig, num_ranks: int) -> int:
+    """Trajectories of one optimizer step."""
+    training = config.training_args
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * num_ranks
+
+
+def mini_batches(trajectories: Sequence[Trajectory], size: int) -> Iterator[list[Trajectory]]:
+    """Cut into optimizer steps, in the order given; the last one may be smaller (its loss is normalised by itself)."""
+    for start in range(0, len(trajectories), size):
+        yield list(trajectories[start : start + size])
+
+
+def rank_shares(items: Sequence[T], num_ranks: int) -> list[list[T]]:
+    """Deal items out to ranks, one by one."""
+    return [list(items[rank::num_ranks]) for rank in range(num_ranks)]
+
+
+def undeal(shares: Sequence[Sequence[T]]) -> list[T]:
+    """Put what :func:`rank_shares` dealt out back in order."""
+    total = sum(len(share) for share in shares)
+    return [shares[i % len(shares)][i // len(shares)] for i in range(total)]
+
+
+def micro_batches(
+    mini_batch: Sequence[Trajectory], config: WorkerConfig, num_ranks: int, loss_agg_mode: str, max_length: int
+) -> list[list[list[TrainItem]]]:
+    """Return, for each rank, equally many micro-batches of items with their global token weights.
+
+    A micro-batch holds ``per_device_train_batch_size`` trajectories or, with ``use_sequence_packing``, as many as fit
+    into ``max_packed_sequence_length_train`` tokens. A rank that runs out gets an item of weight 0: collectives need
+    every rank, the loss must not notice.
+    """
+    weights = sequence_weights(loss_agg_mode, [t.response_length for t in mini_batch], max_length)
+    items = [TrainItem(t, w) for t, w in zip(mini_batch, weights, strict=True)]
+    ranks = [list(_cut(share, config)) for share in rank_shares(items, num_ranks)]
+    most = max(len(batches) for batches in ranks)
+    shortest = min(mini_batch, key=len)
+    for batches in ranks:
+        batches.extend([TrainItem(shortest, 0.0)] for _ in range(most - len(batches)))
+    return ranks
+
+
+def _cut(items: list[TrainItem], config: WorkerConfig) -> Iterator[list[TrainItem]]:
+    budget = config.sequence_packing_args.max_packed_sequence_length_train if config.use_sequence_packing else None
+    row: list[TrainItem] = []
+    tokens = 0
+    for item in items:
+        length = len(item.trajectory)
+        full = tokens + length > budget if budget else len(row) == config.training_args.per_device_train_batch_size
+        if row and full:
+            yield row
+            row, tokens = [], 0
+        row.append(item)
+        tokens += length
+    if row:
+        yield row

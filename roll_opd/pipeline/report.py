@@ -1,0 +1,266 @@
+"""What a run tells the world: metrics, console, samples, timing, and the summary at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from roll_opd.configs.loader import LoadedConfig, config_without_secrets
+from roll_opd.configs.pipeline_config import PipelineConfig
+from roll_opd.trajectory import Trajectory
+from roll_opd.utils.console import ProgressConsole, print_summary
+from roll_opd.utils.files import set_aside, truncate_jsonl
+from roll_opd.utils.run_folder import prepare_run_folder, write_summary
+from roll_opd.utils.samples_page import SampleView, TokenView, write_samples_jsonl, write_samples_page
+from roll_opd.utils.tracking import RunTracker, build_tracker
+
+logger = logging.getLogger(__name__)
+
+
+class RunReport:
+    """Collects what the loop measures and writes it where the user asked for it.
+
+    Attributes:
+        folder: the run's folders.
+        checkpoint: the newest checkpoint.
+        final: whether training is over; the next validation is the summary's last.
+    """
+
+    def __init__(self, config: PipelineConfig) -> None:
+        self.config = config
+        self.folder = prepare_run_folder(config.output_dir, config.logging_dir, config.checkpoint_config.output_dir)
+        self.checkpoint: Path | None = None
+        self.final = False
+        self._summary: dict[str, Any] = {}
+        self._seconds: dict[str, float] = {}
+        self._step_seconds: dict[str, float] = {}
+        self._tokens = 0.0
+        self._validation: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def open(self, state: Mapping[str, Any] | None, loaded: LoadedConfig) -> Iterator[None]:
+        """Open trackers and console; ``state`` is what :meth:`state` gave to the checkpoint that is resumed."""
+        first = 0
+        if state is None:
+            set_aside(self.folder.samples_jsonl)
+        else:
+            first = int(state["next_step"])
+            self._summary, self._seconds = dict(state["summary"]), dict(state["seconds"])
+            self._tokens = float(state["tokens"])
+            truncate_jsonl(self.folder.samples_jsonl, first)
+        for warning in loaded.warnings:
+            logger.warning("%s", warning)
+        self._summary["formula"] = formula(self.config)
+        logger.info("%s", self._summary["formula"])
+        self._tracker: RunTracker = build_tracker(
+            self.config.track_with,
+            self.folder.root,
+            self.config.exp_name,
+            config_without_secrets(self.config),
+            self.config.tracker_kwargs,
+            resume_step=None if state is None else first,
+        )
+        with contextlib.closing(self._tracker), ProgressConsole(self.config.max_steps, first) as self._console:
+            yield
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to go on."""
+        return {"summary": self._summary, "seconds": self._seconds, "tokens": self._tokens}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase of the loop."""
+        self._console.phase(name)
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add_seconds(name, time.perf_counter() - began)
+        if name == "start":
+            self._console.steps_begin()
+
+    def add_seconds(self, name: str, seconds: float) -> None:
+        """Add to a phase's time, of this step and of the run."""
+        self._step_seconds[name] = self._step_seconds.get(name, 0.0) + seconds
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def step(
+        self,
+        step: int,
+        metrics: dict[str, float],
+        trajectories: Sequence[Trajectory],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        """Report one finished step."""
+        times, self._step_seconds = self._step_seconds, {}
+        tokens = metrics["rollout/response_tokens"]
+        self._tokens += tokens
+        work = sum(
+            s for name, s in times.items() if name in ("rollout", "old_logprobs", "advantages", "train", "weight_sync")
+        )
+        metrics |= {f"time/{name}": s for name, s in times.items()} | {
+            "time/tokens_per_second": tokens / max(work, 1e-9)
+        }
+        if self._validation:
+            metrics |= self._validation
+        if metrics["rollout/sampled_mass"] < 1.0 and not self._summary.get("sampling_cut_off"):
+            self._summary["sampling_cut_off"] = 1.0 - metrics["rollout/sampled_mass"]
+            logger.warning(
+                "sampling cut off %.3g of the probability mass; log-ratios are still taken between untruncated "
+                "distributions at temperature 1, so they are slightly off the distribution sampled from",
+                self._summary["sampling_cut_off"],
+            )
+        if "opd/reverse_kl" in metrics:
+            self._summary.setdefault("train_reverse_kl_first", metrics["opd/reverse_kl"])
+            self._summary["train_reverse_kl_last"] = metrics["opd/reverse_kl"]
+        if step % self.config.logging_steps == 0 or step + 1 == self.config.max_steps or self._validation:
+            self._tracker.log(step, metrics)
+        self._validation = {}
+        self._console.step(step, metrics)
+        page = f"training batch of step {step}"
+        last = step + 1 == self.config.max_steps
+        keep = step % self.config.eval_steps == 0 if self.config.eval_steps > 0 else last
+        self._write_samples(self.folder.samples_page, page, step, trajectories, tokenizer, keep)
+
+    def _write_samples(
+        self,
+        page: Path,
+        subtitle: str,
+        step: int,
+        trajectories: Sequence[Trajectory],
+        tokenizer: PreTrainedTokenizerBase,
+        keep: bool = True,
+    ) -> None:
+        """Write the first trajectories as a page and, if ``keep``, add them to ``samples.jsonl``."""
+        if self.config.html_samples <= 0:
+            return
+        views = [sample_view(t, step, tokenizer, self.config) for t in trajectories[: self.config.html_samples]]
+        write_samples_page(page, views, self.config.exp_name, f"{subtitle}: the first {len(views)} trajectories")
+        if keep:
+            write_samples_jsonl(self.folder.samples_jsonl, views)
+
+    def validation(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        samples: Sequence[Trajectory],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        """Report a validation before ``step`` (or, at the end, after the last one)."""
+        named = {f"val/{name}": value for name, value in metrics.items()}
+        self._console.validation(step, named)
+        for name in ("accuracy", "reverse_kl"):
+            if name in metrics:
+                self._summary.setdefault(f"{name}_first", metrics[name])
+            # None where this validation could not tell: an older figure must not pass for the last one.
+            self._summary[f"{name}_last"] = metrics.get(name)
+        self._write_samples(
+            self.folder.samples / "validation.html", f"validation at step {step}", step, samples, tokenizer
+        )
+        if self.final:
+            self._tracker.log(step, named)
+        else:
+            self._validation = named
+
+    def note(self, name: str, value: Any) -> None:
+        """Put a value into the summary."""
+        self._summary[name] = value
+
+    def has(self, name: str) -> bool:
+        """Whether the summary holds a value already (from before a resume)."""
+        return name in self._summary
+
+    def finish(self, steps: int) -> dict[str, Any]:
+        """Write ``summary.json`` and show it; return it."""
+        generating = self._seconds.pop("generate", 0.0)  # within the rollout
+        seconds = {name: round(s, 3) for name, s in sorted(self._seconds.items())}
+        total = sum(self._seconds.values())
+        work = sum(self._seconds.get(n, 0.0) for n in ("rollout", "old_logprobs", "advantages", "train", "weight_sync"))
+        summary = {
+            "accuracy_first": None,
+            "accuracy_last": None,
+            "teacher_accuracy": None,
+            "reverse_kl_first": None,
+            "reverse_kl_last": None,
+            **self._summary,
+            "exp_name": self.config.exp_name,
+            "mode": self.config.mode,
+            "steps": steps,
+            "seconds": {**seconds, "total": round(total, 3)},
+            "seconds_generating": round(generating, 3),
+            "tokens_per_second": self._tokens / work if work else math.nan,
+            "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
+            "tensorboard": None if self._tracker.tensorboard_dir is None else str(self._tracker.tensorboard_dir),
+            "samples": str(self.folder.samples_page) if self.config.html_samples else None,
+        }
+        write_summary(self.folder.summary, summary)
+        self._console.close()
+        print_summary(summary)
+        return summary
+
+
+def formula(config: PipelineConfig) -> str:
+    """The training signal in force, in one line."""
+    args = config.opd_args
+    source = {"train": "trainer", "infer": "engine"}[args.student_logprob_source]
+    terms = " + ".join(
+        f"{config.teacher_coef(name):g} * {_score(config, f'(logprob_{name} - logprob_student)')}"
+        for name in config.teachers
+    )
+    clipped = "" if args.log_ratio_clip is None else f", log-ratio clipped to +-{args.log_ratio_clip:g}"
+    if config.advantage_clip is not None:
+        clipped += f", advantage clipped to +-{config.advantage_clip:g}"
+    origin = f"student logprobs from the {source}{clipped}"
+    return f"{args.divergence}: advantage A_t = {terms} on sampled tokens; {origin}; {config.loss_agg_mode}"
+
+
+def _score(config: PipelineConfig, log_ratio: str) -> str:
+    """The score of a sampled token, from ``log(teacher / student)``; see :mod:`roll_opd.algorithms.divergences`."""
+    if config.opd_args.divergence == "forward_kl":
+        return f"(exp{log_ratio} - 1)"
+    if config.opd_args.divergence == "jsd":
+        beta = config.opd_args.jsd_beta
+        return f"{1 - beta:g} log({beta:g} exp{log_ratio} + {1 - beta:g})"
+    return log_ratio
+
+
+def sample_view(t: Trajectory, step: int, tokenizer: PreTrainedTokenizerBase, config: PipelineConfig) -> SampleView:
+    """A trajectory as the sample page shows it."""
+    positions = t.response_mask.nonzero()[0].tolist()
+    student = t.old_logprobs if t.old_logprobs is not None else t.infer_logprobs
+    # What was trained on; validation has no advantage, so there it is the log-ratio, whatever the divergence.
+    advantages = t.advantages
+    if advantages is None:
+        terms = [config.teacher_coef(name) * (s.logprobs - student) for name, s in t.teacher_scores.items()]
+        advantages = np.sum(terms, axis=0) if terms else np.zeros(len(t), dtype=np.float32)
+    special = set(tokenizer.all_special_ids)
+    tokens = [
+        TokenView(
+            text=str(tokenizer.decode([int(t.tokens[p])], skip_special_tokens=False)),
+            logprob_student=float(student[p]),
+            logprob_teacher={name: float(s.logprobs[p]) for name, s in t.teacher_scores.items()},
+            advantage=float(advantages[p]),
+            special=int(t.tokens[p]) in special,
+        )
+        for p in positions
+    ]
+    return SampleView(
+        id=str(t.id),
+        step=step,
+        tag=t.tag,
+        prompt_text=str(t.extras.get("prompt", "")),
+        response_text=str(t.extras.get("response", "")),
+        finish_reason=t.finish_reason,
+        tokens=tokens,
+        reward=t.reward,
+        correct=t.correct,
+        ground_truth=t.extras.get("ground_truth"),
+    )

@@ -1,0 +1,192 @@
+"""Single-turn prompts: rows of a file, groups of samples, rewards by tag."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from roll_opd.configs.data_args import DataArguments
+from roll_opd.configs.generating_args import GeneratingArguments
+from roll_opd.datasets.prompts import Prompt, encode_prompts
+from roll_opd.datasets.rows import Columns, read_rows
+from roll_opd.datasets.sampling import PromptOrder
+from roll_opd.distributed.strategy.base import Sampling
+from roll_opd.distributed.strategy.tokenizer import check_same_vocabulary, load_tokenizer
+from roll_opd.errors import ConfigError, DataError
+from roll_opd.pipeline.base_pipeline import BasePipeline
+from roll_opd.pipeline.metrics import reverse_kl, reward_metrics
+from roll_opd.pipeline.role_clusters import RoleClusters
+from roll_opd.pipeline.trajectory_stream import Draw, TrajectoryStream
+from roll_opd.rewards import resolve_reward
+from roll_opd.trajectory import Trajectory
+
+logger = logging.getLogger(__name__)
+
+
+class RLVRPipeline(BasePipeline):
+    """Prompts -> samples -> rewards beside teachers -> advantages -> update."""
+
+    def prepare(self) -> None:
+        """Load tokenizers and data, and refuse what cannot work together."""
+        config, names = self.config, self.loaded.yaml_names
+        student = config.actor_train.model_args
+        self.tokenizer = load_tokenizer(student, names["actor_train"])
+        for name, teacher in config.teachers.items():
+            role = self.loaded.teacher_yaml_name(name)
+            for warning in check_same_vocabulary(self.tokenizer, load_tokenizer(teacher.model_args, role), name):
+                logger.warning("%s", warning)
+        for name, reward in config.rewards.items():
+            resolve_reward(reward.worker_cls or "", f"rewards.{name}.worker_cls")
+        self._check_context_lengths()
+        data = config.actor_train.data_args
+        if data is None or not data.file_name:
+            raise ConfigError(f"{names['actor_train']}.data_args.file_name", "names no file to train on")
+        self.prompts = self._read(data, f"{names['actor_train']}.data_args")
+        self.prompts = self._covered(self.prompts)
+        self.order = PromptOrder(len(self.prompts), config.seed, data.shuffle)
+        self.val_prompts: list[Prompt] = []
+        if config.validation is not None and config.validation.data_args.file_name and config.eval_steps > 0:
+            prompts = self._read(config.validation.data_args, "validation.data_args")
+            self.val_prompts = prompts[: config.validation.max_prompts]
+
+    def _read(self, data: DataArguments, field: str) -> list[Prompt]:
+        columns = Columns(
+            id=data.id, tag=data.tag, prompt=data.prompt or "prompt", messages=data.messages or "messages"
+        )
+        folder = Path(data.dataset_dir) if data.dataset_dir else None
+        try:
+            rows, read = read_rows(data.file_name, columns=columns, on_bad_row=data.on_bad_row, dataset_dir=folder)
+        except DataError as error:
+            raise DataError(f"{field}.file_name: {error}") from error
+        extra = {} if data.enable_thinking is None else {"enable_thinking": data.enable_thinking}
+        prompts, encoded = encode_prompts(
+            rows,
+            self.tokenizer,
+            prompt_length=self.config.prompt_length,
+            apply_chat_template=data.apply_chat_template,
+            chat_template_kwargs=extra,
+        )
+        logger.info("%s: %s; %s", field, read, encoded)
+        self.report.note(
+            f"rows_{'train' if field.startswith(self.loaded.yaml_names['actor_train']) else 'validation'}",
+            {
+                "read": read.read,
+                "bad": read.bad,
+                "kept": read.kept,
+                "dropped_overlong": encoded.dropped_overlong,
+                "used": encoded.used,
+            },
+        )
+        return prompts
+
+    def _check_context_lengths(self) -> None:
+        """Refuse sequences that a model's positions do not reach (read from ``config.json``, where it is on disk)."""
+        wanted = self.config.prompt_length + (self.config.response_length or 0)
+        models = {self.loaded.yaml_names["actor_train"]: self.config.actor_train.model_args}
+        models |= {self.loaded.teacher_yaml_name(n): t.model_args for n, t in self.config.teachers.items()}
+        for name, args in models.items():
+            file = Path(str(args.model_name_or_path)) / "config.json"
+            limit = json.loads(file.read_text()).get("max_position_embeddings") if file.is_file() else None
+            if limit is not None and wanted > limit:
+                raise ConfigError(
+                    "response_length",
+                    f"prompt_length + response_length = {wanted} tokens, but {name} reaches {limit}; shorten them",
+                )
+
+    def _covered(self, prompts: list[Prompt]) -> list[Prompt]:
+        """Keep the prompts that some teacher covers; without one there is no signal to train on.
+
+        Raises:
+            DataError: a tag is not covered and ``opd_args.uncovered`` does not say to skip it.
+        """
+        covered = [set(t.tag_included) for t in self.config.teachers.values()]
+        if any(not tags for tags in covered):
+            return prompts
+        every = set().union(*covered)
+        missing = sorted({p.row.tag for p in prompts} - every)
+        kept = [p for p in prompts if p.row.tag in every]
+        self.report.note("rows_without_teacher", len(prompts) - len(kept))
+        if missing and (self.config.opd_args.uncovered == "error" or not kept):
+            raise DataError(
+                f"no teacher covers the tag {missing[0]!r} ({len(missing)} uncovered tag(s) in the data); add it to a "
+                f"teacher's tag_included, leave tag_included out to cover every tag, or set opd_args.uncovered: skip"
+            )
+        if missing:
+            logger.warning("%d prompts without a teacher are skipped, tags %s", len(prompts) - len(kept), missing[:5])
+        return kept
+
+    # ---- where trajectories come from ----------------------------------------------------------------------------
+
+    def build_stream(self, clusters: RoleClusters) -> TrajectoryStream:
+        """See :class:`~roll_opd.pipeline.base_pipeline.BasePipeline`."""
+        config = self.config
+        return TrajectoryStream(
+            generators=clusters.infer.workers,
+            teachers=clusters.teacher_pool,
+            rewards=clusters.reward_pool,
+            decode=lambda ids: str(self.tokenizer.decode(ids, skip_special_tokens=True)),
+            seed=config.seed,
+            group_size=config.num_return_sequences_in_group,
+            sampling=sampling_of(config.actor_infer.generating_args, config.response_length),
+            deadline=config.rpc_timeout,
+        )
+
+    def draws(self, batch: int) -> Iterator[Draw]:
+        """See :class:`~roll_opd.pipeline.base_pipeline.BasePipeline`."""
+        size = self.config.rollout_batch_size
+        for number in range(batch * size, (batch + 1) * size):
+            yield Draw(number, self.prompts[self.order.index(number)])
+
+    # ---- validation ----------------------------------------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Sample held-out prompts with fixed seeds; accuracy by the rewards, reverse KL by the teachers."""
+        validation = self.config.validation
+        if not self.val_prompts or validation is None:
+            return
+        sampling = sampling_of(validation.generating_args, self.config.response_length)
+        num_samples = validation.generating_args.num_return_sequences or 1
+        with self.report.phase("validation"):
+            batch = self.stream.validate(self.val_prompts, num_samples, sampling, validation.seed)
+            samples = self.stream.verdicts(batch, patience=None)
+            metrics = validation_metrics(samples, sampling)
+            self.report.validation(self.step, metrics, samples, self.tokenizer)
+            if validation.teacher_accuracy and not self.report.has("teacher_accuracy"):
+                teachers = [w for c in self.clusters.teachers.values() for w in c.workers]
+                by_teacher = self.stream.validate(self.val_prompts, num_samples, sampling, validation.seed, teachers)
+                graded = self.stream.verdicts(by_teacher, patience=None)
+                self.report.note("teacher_accuracy", reward_metrics(graded, "val").get("val/accuracy"))
+
+
+def validation_metrics(samples: list[Trajectory], sampling: Sampling) -> dict[str, float]:
+    """Accuracy, reward, lengths, and reverse KL (student's log-probabilities from the engine) of validation samples.
+
+    The mean log-ratio is a KL only on samples of the student's own distribution: other sampling gives none.
+    """
+    metrics = {k.removeprefix("/"): v for k, v in reward_metrics(samples, "").items()}
+    names = sorted({name for t in samples for name in t.teacher_scores})
+    if not sampling.truncates:
+        for name in names:
+            metrics[f"reverse_kl/teacher/{name}"] = reverse_kl(samples, name, "infer_logprobs")
+        if len(names) == 1:
+            metrics["reverse_kl"] = metrics[f"reverse_kl/teacher/{names[0]}"]
+    metrics["num_samples"] = float(len(samples))
+    metrics["response_length"] = sum(t.response_length for t in samples) / len(samples)
+    metrics["truncated"] = sum(t.finish_reason == "length" for t in samples) / len(samples)
+    return metrics
+
+
+def sampling_of(args: GeneratingArguments | None, response_length: int | None) -> Sampling:
+    """Sampling settings of a role; ``max_new_tokens`` is bounded by ``response_length``."""
+    args = args or GeneratingArguments()
+    limit = min(n for n in (args.max_new_tokens, response_length, 1 << 30) if n is not None)
+    return Sampling(
+        temperature=args.temperature or 1.0,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        max_new_tokens=limit,
+        greedy=not args.do_sample or args.temperature == 0,
+        stop_strings=tuple(args.stop_strings or ()),
+    )

@@ -1,0 +1,155 @@
+"""The one data type that travels: a token sequence with arrays indexed by token position.
+
+``x[t]`` always speaks about token ``t``: ``infer_logprobs[t]`` is the log-probability that the engine gave to
+``tokens[t]`` given ``tokens[:t]``. The shift between logits and tokens exists in one place only, beside the model
+forward (:mod:`roll_opd.distributed.strategy.packed_model`). Nothing here is padded: lists of trajectories travel, and
+are packed into rows where they are computed on.
+
+Arrays are numpy, so that they move through Ray's object store without a copy. What has been received that way is
+read-only: derive new trajectories with :func:`dataclasses.replace`, never write into one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int32]
+BoolArray = NDArray[np.bool_]
+
+FinishReason = Literal["stop", "length"]
+
+
+class TrajectoryId(NamedTuple):
+    """Stable name of a trajectory; sorts in the order in which prompts were drawn.
+
+    Attributes:
+        draw: the prompt's number, counted from the start of the run (resume goes on counting).
+        sample: which of the group's samples.
+        segment: which part of the episode; 0 unless an episode was split.
+        stream: ``train`` or ``val``; the two never mix, but their seeds must differ.
+    """
+
+    draw: int
+    sample: int
+    segment: int = 0
+    stream: str = "train"
+
+    def __str__(self) -> str:
+        name = f"{self.draw}/{self.sample}/{self.segment}"
+        return name if self.stream == "train" else f"{self.stream}:{name}"
+
+    def seed(self, run_seed: int) -> int:
+        """Return a 63-bit seed that depends on the run's seed and this id alone.
+
+        Retries and restarts therefore sample the same tokens, whatever the batch around them.
+        """
+        digest = hashlib.blake2b(f"{run_seed}|{self.stream}|{self.draw}|{self.sample}|{self.segment}".encode())
+        return int.from_bytes(digest.digest()[:8], "little") >> 1
+
+
+@dataclass(frozen=True)
+class TeacherScores:
+    """What one teacher says about one trajectory.
+
+    Attributes:
+        logprobs: ``[T]`` float32, untruncated softmax at temperature 1 over the tokenizer's vocabulary; 0 where
+            ``response_mask`` is false.
+    """
+
+    logprobs: FloatArray
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One sampled token sequence and everything that is known about it. All arrays have length ``T``.
+
+    Attributes:
+        id: see :class:`TrajectoryId`.
+        tag: routes the sample to teachers and rewards.
+        tokens: ``[T]`` int32, prompt and response.
+        response_mask: ``[T]`` bool, true on the tokens the student sampled (the end-of-sequence token included).
+        infer_logprobs: ``[T]`` float32, from the engine that sampled: untruncated softmax at temperature 1.
+        weight_version: ``[T]`` int32, version of the student's weights that sampled the token; -1 elsewhere.
+        finish_reason: ``stop`` (the student ended it) or ``length`` (cut at the limit).
+        sampled_mass: mean over sampled tokens of the probability that the sampler's truncation kept; 1.0 = untruncated.
+        old_logprobs: ``[T]`` float32, from the trainer before the update (or the engine, when so configured).
+        teacher_scores: teacher name -> scores.
+        advantages: ``[T]`` float32; 0 where ``response_mask`` is false.
+        reward: external reward, if one was graded.
+        correct: verdict of the grader, if it gives one.
+        extras: whatever else a reward or a page wants to show (never needed for training).
+    """
+
+    id: TrajectoryId
+    tag: str
+    tokens: IntArray
+    response_mask: BoolArray
+    infer_logprobs: FloatArray
+    weight_version: IntArray
+    finish_reason: FinishReason = "stop"
+    sampled_mass: float = 1.0
+    old_logprobs: FloatArray | None = None
+    teacher_scores: Mapping[str, TeacherScores] = field(default_factory=dict)
+    advantages: FloatArray | None = None
+    reward: float | None = None
+    correct: bool | None = None
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def response_length(self) -> int:
+        """Number of tokens the student sampled."""
+        return int(self.response_mask.sum())
+
+
+def check_per_token(name: str, values: NDArray[Any], trajectory: Trajectory) -> None:
+    """Refuse per-token values that do not belong to ``trajectory``.
+
+    Raises:
+        ValueError: another length, or a value on a sampled token that is not finite.
+    """
+    if values.shape != trajectory.tokens.shape:
+        raise ValueError(f"{name}: shape {values.shape} for {len(trajectory)} tokens of trajectory {trajectory.id}")
+    if not np.isfinite(values[trajectory.response_mask]).all():
+        raise ValueError(f"{name}: not finite on sampled tokens of trajectory {trajectory.id}")
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Several sequences laid end to end in one row, without padding.
+
+    Attributes:
+        tokens: ``[N]`` int64.
+        positions: ``[N]`` int64, restarting at 0 for each sequence.
+        cu_seqlens: ``[S + 1]`` int32, start of each sequence and, last, ``N``.
+        response_mask: ``[N]`` bool.
+    """
+
+    tokens: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    cu_seqlens: IntArray
+    response_mask: BoolArray
+
+    @classmethod
+    def pack(cls, tokens: Sequence[IntArray], response_masks: Sequence[BoolArray]) -> PackedBatch:
+        """Lay sequences end to end, in the order given."""
+        lengths = [len(t) for t in tokens]
+        return cls(
+            tokens=np.concatenate(tokens).astype(np.int64),
+            positions=np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]),
+            cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+            response_mask=np.concatenate(response_masks),
+        )
+
+    def split(self, values: NDArray[Any]) -> list[NDArray[Any]]:
+        """Cut ``values`` of shape ``[N]`` back into one array per sequence."""
+        return np.split(values, self.cu_seqlens[1:-1])

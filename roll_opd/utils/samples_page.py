@@ -1,0 +1,296 @@
+"""Sample trajectories for people: one HTML file, each token coloured by the teacher's verdict. And for programs: JSONL.
+
+The page loads nothing and runs nothing. Whatever a model wrote is escaped, and a content security policy forbids
+scripts should an escape ever be missing.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from html import escape
+from pathlib import Path
+
+from roll_opd.utils.files import atomic_write_text, to_json
+
+LEVELS: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
+"""|advantage| in nats from which a token gets the 1st, 2nd, … colour; below the first it stays plain."""
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """One token of a response."""
+
+    text: str
+    """The token decoded by itself."""
+    logprob_student: float
+    """Nats, from the trainer before the update. NaN where it was not computed."""
+    logprob_teacher: Mapping[str, float]
+    """Teacher's name → nats."""
+    advantage: float
+    """The teachers' part of the advantage, ``Σ_i c_i (logprob_teacher_i - logprob_student)``: it decides the colour."""
+    from_student: bool = True
+    """False for what an environment or a template wrote: shown plain, counted nowhere."""
+    special: bool = False
+    """Whether the tokenizer calls it a special token: shown with a frame."""
+
+
+@dataclass(frozen=True)
+class SampleView:
+    """One trajectory."""
+
+    id: str
+    step: int
+    tag: str
+    prompt_text: str
+    response_text: str
+    finish_reason: str
+    tokens: Sequence[TokenView] = field(default=())
+    reward: float | None = None
+    correct: bool | None = None
+    ground_truth: str | None = None
+
+    def reverse_kl(self) -> dict[str, float]:
+        """Mean of ``logprob_student - logprob_teacher`` over the student's tokens in nats, for each teacher."""
+        names = dict.fromkeys(name for token in self.student_tokens() for name in token.logprob_teacher)
+        return {
+            name: _mean(
+                token.logprob_student - token.logprob_teacher[name]
+                for token in self.student_tokens()
+                if name in token.logprob_teacher
+            )
+            for name in names
+        }
+
+    def student_tokens(self) -> list[TokenView]:
+        """The tokens that the student sampled."""
+        return [token for token in self.tokens if token.from_student]
+
+
+def write_samples_page(path: Path, samples: Sequence[SampleView], title: str, subtitle: str = "") -> None:
+    """Write a self-contained HTML page, about 250 bytes a token, replacing an earlier one atomically."""
+    body = "\n".join(_sample(sample) for sample in samples)
+    atomic_write_text(
+        path,
+        f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{escape(_visible(title))}</title>
+<style>{_CSS}</style>
+</head>
+<body>
+<header>
+<h1>{escape(_visible(title))}</h1>
+<p class="subtitle">{escape(_visible(subtitle))}</p>
+<p class="totals">{_totals(samples)}</p>
+</header>
+{_legend()}
+<main>
+{body or '<p class="totals">No samples.</p>'}
+</main>
+</body>
+</html>
+""",
+    )
+
+
+def write_samples_jsonl(path: Path, samples: Iterable[SampleView]) -> None:
+    """Append one JSON object a sample, keys sorted, NaN as null. ``truncate_jsonl`` drops what a resume repeats."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        file.writelines(to_json(asdict(sample)) + "\n" for sample in samples)
+
+
+def verdict_class(token: TokenView) -> str:
+    """CSS classes of a token: ``agree-<level>`` where the teachers prefer it, ``dislike-<level>``."""
+    classes = ["t"]
+    level = bisect_right(LEVELS, abs(token.advantage)) if math.isfinite(token.advantage) else 0
+    if not token.from_student:
+        classes.append("other")
+    elif level:
+        classes.append(f"{'agree' if token.advantage > 0 else 'dislike'}-{level}")
+    if token.special:
+        classes.append("special")
+    return " ".join(classes)
+
+
+def _sample(sample: SampleView) -> str:
+    facts = [f"step {sample.step}", f"{len(sample.student_tokens())} tokens", f"ended by {sample.finish_reason}"]
+    if sample.reward is not None:
+        facts.append(f"reward {sample.reward:.3g}".replace("-", _MINUS))
+    teachers = sample.reverse_kl()
+    for name, value in teachers.items():
+        facts.append(f"reverse KL {_number(value)}" if len(teachers) == 1 else f"reverse KL to {name} {_number(value)}")
+    chips = f'<span class="chip">{escape(_visible(sample.tag))}</span>' if sample.tag else ""
+    if sample.correct is not None:
+        chips += (
+            '<span class="chip right">✓ correct</span>' if sample.correct else '<span class="chip wrong">✗ wrong</span>'
+        )
+    truth = ""
+    if sample.ground_truth is not None:
+        truth = f'<p class="truth">expected: <code>{escape(_visible(sample.ground_truth, keep=_LAYOUT))}</code></p>'
+    response = "".join(_token(index, token) for index, token in enumerate(sample.tokens))
+    return f"""<section>
+<h2><span class="id">{escape(_visible(sample.id))}</span>{chips}</h2>
+<p class="facts">{escape(_visible(" · ".join(facts)))}{_worst(sample)}</p>
+<details{" open" if len(sample.prompt_text) <= 600 else ""}><summary>prompt</summary>
+<pre>{escape(_visible(sample.prompt_text, keep=_LAYOUT))}</pre></details>
+<div class="response">{response or escape(_visible(sample.response_text, keep=_LAYOUT))}</div>
+{truth}</section>"""
+
+
+def _worst(sample: SampleView) -> str:
+    tokens = [
+        (token.advantage, index)
+        for index, token in enumerate(sample.tokens)
+        if token.from_student and math.isfinite(token.advantage)
+    ]
+    if not tokens or min(tokens)[0] >= 0:
+        return ""
+    advantage, index = min(tokens)
+    token = sample.tokens[index]
+    text = f'<code class="{verdict_class(token)}">{escape(_shown(token.text).strip())}</code>'
+    return f" · worst token {text} {_number(advantage)} (token {index})"
+
+
+def _token(index: int, token: TokenView) -> str:
+    shown = _shown(token.text)
+    lines = [f"token {index}: {shown.strip()}"]
+    if token.from_student:
+        lines.append(f"student logprob {_probability(token.logprob_student)}")
+        for name, value in token.logprob_teacher.items():
+            lines.append(f"{_visible(name)} logprob {_probability(value)}")
+            lines.append(f"  difference, teacher {_MINUS} student {_number(value - token.logprob_student)}")
+        lines.append(f"advantage {_number(token.advantage)}")
+    else:
+        lines.append("not sampled by the student")
+    title = escape("\n".join(lines)).replace("\n", "&#10;")
+    return f'<span class="{verdict_class(token)}" title="{title}">{escape(shown)}</span>'
+
+
+def _shown(text: str) -> str:
+    """A token as it is displayed: every character of it can be seen, and a line break also breaks the line."""
+    if not text:
+        return "∅"
+    if not text.strip(" "):
+        return "␣" * len(text)
+    return _visible(text).replace("↵", "↵\n")
+
+
+_LAYOUT = "\n\t\u200c\u200d"
+"""What running text keeps: line breaks, tabs, and the joiners that some scripts and emoji need."""
+_MINUS = "\N{MINUS SIGN}"
+_PICTURES = {"\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
+
+
+def _visible(text: str, keep: str = "") -> str:
+    """Replace what is invisible or acts on its surroundings (controls, direction marks, surrogates) by what shows."""
+    return "".join(
+        character if character in keep else _PICTURES.get(character) or _code_point(character) for character in text
+    )
+
+
+def _code_point(character: str) -> str:
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"):
+        return f"[U+{ord(character):04X}]"
+    return character
+
+
+def _totals(samples: Sequence[SampleView]) -> str:
+    facts = [f"{len(samples)} samples"]
+    graded = [sample.correct for sample in samples if sample.correct is not None]
+    if graded:
+        facts.append(f"{sum(graded)} of {len(graded)} correct")
+    tokens = [token for sample in samples for token in sample.student_tokens() if math.isfinite(token.advantage)]
+    if tokens:
+        disliked = sum(token.advantage <= -LEVELS[0] for token in tokens)
+        facts.append(f"mean advantage {_number(_mean(token.advantage for token in tokens))} nats per token")
+        facts.append(f"teacher dislikes {disliked / len(tokens):.0%} of {len(tokens)} tokens")
+    return " · ".join(facts)
+
+
+def _legend() -> str:
+    top = len(LEVELS)
+    steps = [(f"dislike-{level}", f"≤ {_MINUS}{LEVELS[level - 1]:g}") for level in range(top, 0, -1)]
+    steps.append(("", f"± {LEVELS[0]:g}"))
+    steps += [(f"agree-{level}", f"≥ {LEVELS[level - 1]:g}") for level in range(1, top + 1)]
+    cells = "".join(f'<span class="t {name}">{escape(text)}</span>' for name, text in steps)
+    return (
+        '<aside><span class="end">teacher dislikes</span>'
+        f'<span class="scale">{cells}</span><span class="end">teacher likes it more than the student</span>'
+        f'<span class="note">advantage in nats: teacher {_MINUS} student logprob. '
+        '<span class="t other">italic</span> not sampled by the student, <span class="t special">framed</span> special '
+        "token. Point at a token for its numbers.</span></aside>"
+    )
+
+
+def _number(value: float) -> str:
+    """Signed, three decimals, with a real minus sign."""
+    return "unknown" if math.isnan(value) else f"{value:+.3f}".replace("-", _MINUS)
+
+
+def _probability(logprob: float) -> str:
+    return (
+        "unknown" if math.isnan(logprob) else f"{logprob:.3f} ({math.exp(min(0.0, logprob)):.2%})".replace("-", _MINUS)
+    )
+
+
+def _mean(values: Iterable[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return math.fsum(finite) / len(finite) if finite else math.nan
+
+
+# Blue and orange stay apart for every common colour blindness; the strongest dislikes are underlined as well, so that
+# the verdict does not rest on colour alone. Text keeps a contrast of 4.5 : 1 or more in both schemes.
+_CSS = """
+:root { --bg:#fcfcfd; --card:#fff; --fg:#1c2127; --dim:#5d6773; --line:#d9dee4; --soft:#f2f4f7;
+  --a1:#dcebfa; --a2:#b3d5f5; --a3:#7fb8ec; --a4:#4d9ae0; --d1:#fdebd3; --d2:#fbd09c; --d3:#f7a85a; --d4:#ee7f22; }
+@media (prefers-color-scheme: dark) {
+:root { --bg:#14171b; --card:#1b1f25; --fg:#e4e8ed; --dim:#98a3b0; --line:#323a44; --soft:#232931;
+  --a1:#1b3047; --a2:#1d4469; --a3:#1f5a8f; --a4:#1f6fb5; --d1:#3d2a14; --d2:#5c3a10; --d3:#824a08; --d4:#a85a00; } }
+* { box-sizing:border-box; }
+body { margin:0 auto; max-width:72rem; padding:1.5rem 1.25rem 4rem; background:var(--bg); color:var(--fg);
+  font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif; }
+h1 { margin:0; font-size:1.5rem; line-height:1.25; }
+p { margin:.25rem 0; }
+.subtitle, .totals, .facts, .note, .end, summary, .truth { color:var(--dim); }
+.totals, .facts, .note, .end, summary, .truth { font-size:.875rem; }
+aside { position:sticky; top:0; z-index:1; display:flex; flex-wrap:wrap; align-items:center; gap:.25rem .75rem;
+  margin:1rem 0; padding:.6rem 0; background:var(--bg); border-bottom:1px solid var(--line); }
+.scale { display:inline-flex; border:1px solid var(--line); border-radius:4px; overflow:hidden; }
+.scale .t { min-width:3.6em; padding:.15rem .4rem; text-align:center; font-size:.8125rem; border-radius:0; }
+@media (max-width:40rem) { .scale .t { min-width:0; padding:.15rem .2rem; font-size:.6875rem; white-space:nowrap; } }
+.note { flex-basis:100%; }
+section { margin:0 0 1rem; padding:1rem 1.25rem; background:var(--card); border:1px solid var(--line);
+  border-radius:8px; }
+h2 { display:flex; flex-wrap:wrap; align-items:center; gap:.5rem; margin:0; font-size:1rem; }
+.id { overflow-wrap:anywhere; }
+.chip { padding:0 .5rem; border:1px solid var(--line); border-radius:1em; font-size:.8125rem; font-weight:400; }
+.right { border-color:var(--a4); } .wrong { border-color:var(--d4); }
+details { margin:.5rem 0; }
+summary { cursor:pointer; }
+pre, .response, code { font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
+  font-size:.875rem; }
+pre { margin:.25rem 0; padding:.5rem .75rem; max-height:24rem; overflow:auto; background:var(--soft);
+  border-radius:6px; white-space:pre-wrap; overflow-wrap:anywhere; }
+.response { line-height:1.9; white-space:pre-wrap; overflow-wrap:anywhere; }
+.t { padding:.12em 0; border-radius:3px; box-decoration-break:clone; -webkit-box-decoration-break:clone; }
+.response .t { border-right:1px solid var(--card); }
+.response .t:hover { outline:2px solid var(--fg); }
+code.t { color:var(--fg); }
+.other { color:var(--dim); font-style:italic; }
+.special { outline:1px solid var(--dim); outline-offset:-1px; padding-left:.2em; padding-right:.2em; }
+.agree-1 { background:var(--a1); } .agree-2 { background:var(--a2); }
+.agree-3 { background:var(--a3); } .agree-4 { background:var(--a4); }
+.dislike-1 { background:var(--d1); } .dislike-2 { background:var(--d2); }
+.dislike-3 { background:var(--d3); text-decoration:underline; }
+.dislike-4 { background:var(--d4); text-decoration:underline 2px; }
+@media (prefers-color-scheme: light) { .agree-4, .dislike-4 { color:#10151a; } }
+"""

@@ -1,0 +1,122 @@
+"""Runs of the real pipeline: real Ray, real engines, the shipped tiny models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+REPO = Path(__file__).parents[2]
+LAUNCHER = REPO / "examples" / "start_onpolicy_distill_pipeline.py"
+QUICKSTART = REPO / "examples" / "quickstart"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that came to its end."""
+
+    summary: dict[str, Any]
+    folder: Path
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def overrides_for(folder: Path, settings: dict[str, Any]) -> list[str]:
+    values = {"output_dir": folder, "model_dir": QUICKSTART / "models", "data_dir": QUICKSTART / "data"} | settings
+    return [f"{key}={json.dumps(v) if isinstance(v, (dict, list, bool)) else v}" for key, v in values.items()]
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., Finished]:
+    """Run the quickstart in this process, with settings given as ``{"max_steps": 3}``."""
+
+    def in_process(folder: Path, **settings: Any) -> Finished:
+        from roll_opd.configs import launch_blockers, load_config
+        from roll_opd.pipeline.launch import run_pipeline
+
+        flat = {key.replace("__", "."): value for key, value in settings.items()}
+        loaded = load_config("onpolicy_distill", str(QUICKSTART), "onpolicy_distill", overrides_for(folder, flat), None)
+        assert not launch_blockers(loaded)
+        summary = run_pipeline(loaded)
+        return Finished(json.loads(summary.read_text()), folder)
+
+    return in_process
+
+
+@dataclass
+class Launched:
+    """A launcher in a process of its own, with everything it starts."""
+
+    process: subprocess.Popen[str]
+    log: Path
+    seen: dict[int, psutil.Process]
+
+    def watch(self) -> None:
+        """Note every descendant that exists now; once it loses its parent it can no longer be found as one."""
+        try:
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                self.seen.setdefault(child.pid, child)
+        except psutil.NoSuchProcess:
+            pass
+
+    def wait_for(self, done: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not done():
+            self.watch()
+            assert self.process.poll() is None, f"ended early:\n{self.log.read_text()[-3000:]}"
+            assert time.monotonic() < deadline, f"not within {seconds} s:\n{self.log.read_text()[-3000:]}"
+            time.sleep(0.2)
+
+    def finish(self, seconds: float) -> int:
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None:
+            self.watch()
+            if time.monotonic() > deadline:
+                self.process.kill()
+                raise AssertionError(f"still running after {seconds} s:\n{self.log.read_text()[-3000:]}")
+            time.sleep(0.1)
+        return self.process.returncode
+
+    def left_behind(self, seconds: float = 10.0) -> list[str]:
+        """Descendants that outlive the launcher by more than ``seconds``."""
+        _, alive = psutil.wait_procs(list(self.seen.values()), timeout=seconds)
+        return [" ".join(p.cmdline()) for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
+    """Start the launcher as a user would: ``launch("max_steps=3", config_path=…)``."""
+    started: list[Launched] = []
+
+    def start(*arguments: str, config_path: Path = QUICKSTART, config_name: str = "onpolicy_distill") -> Launched:
+        log = tmp_path / f"launch-{len(started)}.log"
+        command = [sys.executable, str(LAUNCHER), "--config_path", str(config_path), "--config_name", config_name]
+        with log.open("w") as sink:
+            process = subprocess.Popen(
+                [*command, *arguments],
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                text=True,
+                cwd=REPO,
+                env=os.environ.copy(),
+                start_new_session=True,
+            )
+        started.append(Launched(process, log, {}))
+        return started[-1]
+
+    yield start
+    for launched in started:
+        if launched.process.poll() is None:
+            launched.process.kill()
+            launched.process.wait()

@@ -1,0 +1,205 @@
+"""Tables of bad input: each row states the field the message must name and words it must contain."""
+
+from __future__ import annotations
+
+import pytest
+from config_samples import DELETE, MIXED, PURE, REWARD, RL, changed
+
+from roll_opd.configs import build_config
+from roll_opd.errors import ConfigError
+
+SINGLE = {"model_args": {"model_name_or_path": "m"}}
+OPD = "onpolicy_distill"
+
+UNKNOWN_KEYS = [
+    ({"rollout_batchsize": 4}, "rollout_batchsize", "did you mean 'rollout_batch_size'"),
+    ({"student_train.trainning_args": {}}, "student_train.trainning_args", "did you mean 'training_args'"),
+    ({"student_train.training_args.learning_rat": 1}, "student_train.training_args.learning_rat", "'learning_rate'"),
+    ({"student_train.learning_rate": 1e-4}, "student_train.learning_rate", "training_args.learning_rate"),
+    ({"student_infer.generating_args.temprature": 1}, "student_infer.generating_args.temprature", "'temperature'"),
+    ({"teacher.opd_kl_coeff": 1}, "teacher.opd_kl_coeff", "'opd_kl_coef'"),
+    ({"teacher": {"model_arg": {"model_name_or_path": "m"}}}, "teacher.model_arg", "'model_args'"),
+    ({"teacher": {"a": SINGLE, "b": {**SINGLE, "tags": []}}}, "teacher.b.tags", "unknown key"),
+    ({"opd_args": {"divergense": "jsd"}}, "opd_args.divergense", "'divergence'"),
+    ({"rewards": {"math": {**REWARD, "tag_include": []}}}, "rewards.math.tag_include", "'tag_included'"),
+    ({"zzzz": 1}, "zzzz", "unknown key"),
+    ({"teachers": {"a": SINGLE}}, "teachers", "write 'teacher:'"),
+    ({"pipeline": "rlvr"}, "pipeline", "unknown key"),
+]
+
+WRONG_TYPES = [
+    ({"max_steps": "ten"}, "max_steps", "expected a whole number, got 'ten'"),
+    ({"max_steps": 1.5}, "max_steps", "expected a whole number, got 1.5"),
+    ({"max_steps": True}, "max_steps", "expected a whole number, got True"),
+    ({"student_train.training_args.learning_rate": "fast"}, "student_train.training_args.learning_rate", "a number"),
+    ({"student_train.training_args.learning_rate": True}, "student_train.training_args.learning_rate", "a number"),
+    ({"student_train.use_sequence_packing": "yes"}, "student_train.use_sequence_packing", "true or false"),
+    ({"exp_name": 7}, "exp_name", "write it in quotes"),
+    ({"student_train.training_args": [1]}, "student_train.training_args", "a mapping"),
+    ({"tag_to_template": ["a"]}, "tag_to_template", "a mapping"),
+    ({"teacher": {**SINGLE, "tag_included": "math"}}, "teacher.tag_included", "expected a list"),
+    ({"student_train.data_args.file_name": [1]}, "student_train.data_args.file_name[0]", "text"),
+    ({"resume_from_checkpoint": 3}, "resume_from_checkpoint", "true or false or text"),
+    ({"is_pure_opd": "true"}, "is_pure_opd", "true or false"),
+    ({"opd_kl_coef": float("inf")}, "opd_kl_coef", "finite"),
+    ({"opd_kl_coef": float("nan")}, "opd_kl_coef", "finite"),
+    ({"teacher": "Qwen/Qwen3-32B"}, "teacher", "worker config"),
+    ({"teacher": [SINGLE, SINGLE]}, "teacher", "list"),
+    ({"teacher": {"math": "Qwen/Qwen3-32B"}}, "teacher.math", "not a worker config"),
+]
+
+BAD_VALUES = [
+    ({"adv_estimator": "reinfroce"}, "adv_estimator", "did you mean 'reinforce'"),
+    ({"kl_penalty": "k4"}, "kl_penalty", "kl, abs, mse, k3, full"),
+    ({"loss_agg_mode": "mean"}, "loss_agg_mode", "token-mean"),
+    ({"pure_opd_pipeline_type": "rlrv"}, "pure_opd_pipeline_type", "did you mean 'rlvr'"),
+    ({"track_with": "tensorbord"}, "track_with[0]", "did you mean 'tensorboard'"),
+    ({"student_train.model_args.dtype": "float32"}, "student_train.model_args.dtype", "fp32, bf16, fp16"),
+    ({"teacher.strategy_args.strategy_name": "hf"}, "teacher.strategy_args.strategy_name", "hf_infer"),
+    ({"student_train.training_args.learning_rate": 0}, "student_train.training_args.learning_rate", "must be > 0"),
+    ({"student_train.training_args.adam_beta2": 1}, "student_train.training_args.adam_beta2", "< 1"),
+    ({"rollout_batch_size": 0}, "rollout_batch_size", "must be >= 1"),
+    ({"seed": 2**63}, "seed", "must be >= 0 and <= 9223372036854775807, got 9223372036854775808"),
+    ({"seed": -1}, "seed", "must be >= 0"),
+    ({"validation": {"seed": 2**64}}, "validation.seed", "<= 9223372036854775807"),
+    ({"max_grad_norm": 0}, "max_grad_norm", "must be > 0"),
+    ({"rewards": {"math": {**REWARD, "reward_args": [1]}}}, "rewards.math.reward_args", "expected a mapping"),
+    ({"student_infer.world_size": 0}, "student_infer.world_size", "must be >= 1"),
+    ({"teacher.world_size": 0}, "teacher.world_size", "must be >= 1"),
+    ({"teacher.opd_kl_coef": -0.5}, "teacher.opd_kl_coef", "must be >= 0"),
+    ({"student_infer.generating_args.temperature": 0}, "student_infer.generating_args.temperature", "must be > 0"),
+    ({"student_infer.generating_args.top_p": 0}, "student_infer.generating_args.top_p", "> 0 and <= 1"),
+    ({"student_infer.generating_args.top_p": 1.1}, "student_infer.generating_args.top_p", "> 0 and <= 1"),
+    ({"student_infer.generating_args.top_k": -2}, "student_infer.generating_args.top_k", ">= 0"),
+    ({"student_infer.generating_args.num_beams": 4}, "student_infer.generating_args.num_beams", "must be 1"),
+    ({"student_infer.generating_args.do_sample": False}, "student_infer.generating_args.do_sample", "must be true"),
+    ({"gamma": 1.5}, "gamma", "<= 1"),
+    ({"opd_args": {"jsd_beta": 1}}, "opd_args.jsd_beta", "< 1"),
+    ({"student_train.data_args.on_bad_row": "drop"}, "student_train.data_args.on_bad_row", "error, skip"),
+]
+
+CROSS_FIELD = [
+    ({"student_train": DELETE}, "student_train", "missing role"),
+    ({"student_infer": DELETE}, "student_infer", "missing role"),
+    ({"teacher": DELETE}, "teacher", "missing role"),
+    ({"teacher": None}, "teacher", "missing role"),
+    ({"student_train": DELETE, "stduent_train": {"infer_batch_size": 1}}, "student_train", "mean 'stduent_train'"),
+    ({"actor_train": RL["actor_train"]}, "actor_train", "two names of the student"),
+    ({"use_opd": True}, "use_opd", "contradicts this launcher"),
+    ({"reference": {"model_args": {"model_name_or_path": "m"}}}, "reference", "beside a teacher"),
+    ({"teacher": {"infer_batch_size": 1}}, "teacher.model_args.model_name_or_path", "never used for it"),
+    ({"teacher": {"a": SINGLE, "b": {"infer_batch_size": 1}}}, "teacher.b.model_args.model_name_or_path", "model"),
+    ({"teacher": {"a/b": SINGLE}}, "teacher.a/b", "letters"),
+    ({"pretrain": DELETE}, "student_train.model_args.model_name_or_path", "no model"),
+    ({"student_train.data_args": DELETE}, "student_train.data_args.file_name", "no training prompts"),
+    ({"student_train.strategy_args": {"strategy_name": "vllm"}}, "student_train.strategy_args.strategy_name", "train"),
+    ({"teacher.strategy_args": {"strategy_name": "sglang"}}, "teacher.strategy_args.strategy_name", "cannot score"),
+    ({"sequence_length": 90}, "sequence_length", "prompt_length + response_length = 96"),
+    ({"response_length": DELETE, "sequence_length": 64}, "sequence_length", "no room"),
+    ({"rewards": {"math": {"world_size": 1}}}, "rewards.math.worker_cls", "missing"),
+    ({"student_train.device_mapping": "[0,1,2]", "student_train.model_args.ulysses_size": 2},
+     "student_train.device_mapping", "3 ranks do not divide by 2"),
+    ({"student_infer.device_mapping": "[0,1,2]", "student_infer.strategy_args": {
+        "strategy_name": "vllm", "strategy_config": {"tensor_parallel_size": 2}}},
+     "student_infer.device_mapping", "3 devices do not divide into workers of 2"),
+    ({"student_infer.strategy_args": {"strategy_name": "vllm", "strategy_config": {"tensor_parallel_size": 0}}},
+     "student_infer.strategy_args.strategy_config.tensor_parallel_size", ">= 1"),
+    ({"teacher.device_mapping": "range(4)", "teacher.strategy_args": {
+        "strategy_name": "megatron_infer", "strategy_config": {"tensor_model_parallel_size": 8}}},
+     "teacher.device_mapping", "4 ranks do not divide by 8"),
+]  # fmt: skip
+
+OBJECTIVES = [
+    ({"opd_args": {"support": "full"}}, "opd_args.support", "zero expected gradient"),
+    ({"opd_args": {"support": "teacher_topk"}}, "opd_args.support", "objective: direct"),
+    ({"opd_args": {"objective": "direct", "apply_to": "reward"}}, "opd_args.apply_to", "objective 'direct'"),
+    ({"opd_args": {"objective": "direct", "divergence": "jsd"}}, "opd_args.divergence", "support: full"),
+    ({"opd_args": {"uncovered": "reward_only"}}, "opd_args.uncovered", "no"),
+    ({"kl_penalty": "mse"}, "kl_penalty", "pushes every sampled token down"),
+    ({"kl_penalty": "k3"}, "kl_penalty", "pushes every sampled token down"),
+    ({"kl_penalty": "abs"}, "kl_penalty", "use 'kl'"),
+    ({"kl_penalty": "full"}, "kl_penalty", "zero expected gradient"),
+    ({"kl_penalty": "kl", "opd_args": {"objective": "direct"}}, "kl_penalty", "zero expected gradient as a loss"),
+    ({"kl_penalty": "kl", "opd_args": {"divergence": "reverse_kl"}}, "kl_penalty", "keep one"),
+    ({"kl_penalty": "kl", "opd_args": {"support": "sampled"}}, "kl_penalty", "keep one"),
+    ({"opd_args": {"student_logprob_source": "infer"}, "student_infer.generating_args.temperature": 0.9},
+     "opd_args.student_logprob_source", "student_infer.generating_args"),
+    ({"opd_args": {"student_logprob_source": "infer"}, "student_infer.generating_args.top_p": 0.9},
+     "opd_args.student_logprob_source", "top_p 1"),
+    ({"opd_args": {"student_logprob_source": "infer"}, "student_infer.generating_args.top_k": 100},
+     "opd_args.student_logprob_source", "top_k 0"),
+    ({"opd_args": {"objective": "direct", "support": "full"}, "teacher.strategy_args": {"strategy_name": "vllm"}},
+     "teacher.strategy_args.strategy_name", "sampled and teacher_topk only"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "words"), UNKNOWN_KEYS + WRONG_TYPES + BAD_VALUES + CROSS_FIELD + OBJECTIVES
+)
+def test_pure_mode_names_field_and_fix(changes, field, words):
+    with pytest.raises(ConfigError) as caught:
+        build_config(changed(PURE, changes), OPD)
+    assert caught.value.field == field
+    assert words in caught.value.problem
+
+
+OTHER_LAUNCHERS = [
+    (RL, "rlvr", {"teacher": SINGLE}, "teacher", "distillation is off"),
+    (RL, "rlvr", {"use_opd": True}, "teacher", "missing role"),
+    (RL, "rlvr", {"rewards": DELETE}, "rewards", "missing"),
+    (RL, "rlvr", {"adv_estimator": "gae"}, "adv_estimator", "needs a critic"),
+    (RL, "rlvr", {"student_train": {"infer_batch_size": 1}}, "student_train", "two names of the student"),
+    (RL, "rlvr", {"is_pure_opd": True, "use_opd": True}, "use_opd", "exclude each other"),
+    (RL, "rlrv", {}, "launcher", "did you mean 'rlvr'"),
+    (PURE, "rlvr", {}, "student_train", "rename it to actor_train"),
+    (RL, OPD, {"teacher": SINGLE}, "student_train", "rename actor_train to student_train"),
+    (MIXED, "rlvr", {"reference": {"infer_batch_size": 1}}, "reference", "beside a teacher"),
+    (MIXED, "rlvr", {"teacher": [SINGLE]}, "teacher", "list"),
+]
+
+
+@pytest.mark.parametrize(("base", "launcher", "changes", "field", "words"), OTHER_LAUNCHERS)
+def test_other_launchers_name_field_and_fix(base, launcher, changes, field, words):
+    with pytest.raises(ConfigError) as caught:
+        build_config(changed(base, changes), launcher)
+    assert caught.value.field == field
+    assert words in caught.value.problem
+
+
+ACCEPTED = [
+    (
+        {"student_train.training_args.learning_rate": "5e-7"},
+        lambda c: c.actor_train.training_args.learning_rate == 5e-7,
+    ),
+    ({"student_train.training_args.weight_decay": 1}, lambda c: c.actor_train.training_args.weight_decay == 1.0),
+    ({"student_infer.generating_args.top_k": -1}, lambda c: c.actor_infer.generating_args.top_k == 0),
+    ({"student_infer.model_args": None}, lambda c: c.actor_infer.model_args.model_name_or_path == "models/student"),
+    ({"max_steps": None}, lambda c: c.max_steps == 500),
+    ({"seed": 2**63 - 1}, lambda c: c.seed == 2**63 - 1),
+    (
+        {"student_train.training_args": {"lr_scheduler_type": "constant", "warmup_steps": 0}},
+        lambda c: c.actor_train.training_args.lr_scheduler_type == "constant",
+    ),
+    (
+        {"student_train.training_args": {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5}},
+        lambda c: c.actor_train.training_args.warmup_steps == 5,
+    ),
+    (
+        {"rewards": {"math": {**REWARD, "reward_args": {"num_processes": 2}}}},
+        lambda c: c.rewards["math"].reward_args == {"num_processes": 2},
+    ),
+    ({"track_with": "stdout"}, lambda c: c.track_with == ["stdout"]),
+    ({"opd_args": {"objective": "direct"}, "kl_penalty": "mse"}, lambda c: c.kl_penalty == "mse"),
+    ({"opd_args": {"student_logprob_source": "infer"}}, lambda c: c.opd_args.student_logprob_source == "infer"),
+]
+
+
+@pytest.mark.parametrize(("changes", "holds"), ACCEPTED)
+def test_what_is_accepted(changes, holds):
+    assert holds(build_config(changed(PURE, changes), OPD).config)
+
+
+def test_a_warm_up_that_constant_does_not_have_is_a_warning():
+    changes = {"student_train.training_args": {"lr_scheduler_type": "constant", "warmup_steps": 5}}
+    (warning,) = (w for w in build_config(changed(PURE, changes), OPD).warnings if "warm-up" in w)
+    assert warning.startswith("student_train.training_args.lr_scheduler_type") and "constant_with_warmup" in warning

@@ -1,0 +1,256 @@
+"""What a launch refuses, what it only mentions, and that no setting is silently ignored."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+import types
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+from config_samples import PURE, REWARD, changed
+
+import roll_opd
+from roll_opd import launcher
+from roll_opd.configs import AgenticConfig, RLVRConfig, build_config, launch_blockers, launch_warnings, load_config
+from roll_opd.configs import launch_checks as checks
+from roll_opd.configs.builder import field_types
+
+OPD = "onpolicy_distill"
+REPO = Path(__file__).resolve().parents[3]
+CONFIG = "strategy_args.strategy_config"
+MODEL = "student_train.model_args"
+HF = {"strategy_name": "hf_infer"}
+
+
+def reward(**settings):
+    return {"rewards": {"math": {**REWARD, **settings}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "advice"),
+    [
+        ({f"{MODEL}.dtype": "fp16"}, f"{MODEL}.dtype", "use bf16 or fp32"),
+        ({f"{MODEL}.additional_target": "lm_head"}, f"{MODEL}.additional_target", "use null"),
+        ({"student_train.worker_cls": "my.Worker"}, "student_train.worker_cls", "use null"),
+        ({"teacher.strategy_args": {**HF, "strategy_config": {"load_in_8bit": True}}}, f"teacher.{CONFIG}.load_in_8bit",
+         "hf_infer has no settings of its own and would ignore this one; remove it"),
+        ({f"student_train.{CONFIG}": {"fsdp_size": 2}}, f"student_train.{CONFIG}.fsdp_size", "fsdp2_train has no"),
+        ({"teacher.num_gpus_per_worker": 2}, "teacher.num_gpus_per_worker", "use 1"),
+        ({"validation": {"data_args": {"dataset_type": "csv"}}}, "validation.data_args.dataset_type", "use json"),
+        (reward(device_mapping=[0]), "rewards.math.device_mapping", "world_size CPU processes"),
+        (reward(format_pattern="x"), "rewards.math.format_pattern", "use null"),
+        (reward(reward_type="soft"), "rewards.math.reward_type", "use null"),
+        (reward(response_length_penalty_coef=0.1), "rewards.math.response_length_penalty_coef", "use 0.0"),
+        (reward(code_url="http://x"), "rewards.math.code_url", "use null"),
+        (reward(use_local=False), "rewards.math.use_local", "use true"),
+        (reward(judge_prompt="x"), "rewards.math.judge_prompt", "use null"),
+        (reward(judge_model_type="api"), "rewards.math.judge_model_type", "use null"),
+        (reward(judge_model_name="x"), "rewards.math.judge_model_name", "use null"),
+        (reward(judge_api_url="x"), "rewards.math.judge_api_url", "use null"),
+        (reward(judge_api_key="hidden"), "rewards.math.judge_api_key", "use null"),
+        ({"importance_sampling": "seq"}, "importance_sampling", "use token"),
+        ({"train_infer_correction": {"is_weight": {"enabled": True}}}, "train_infer_correction", "remove it"),
+    ],
+)  # fmt: skip
+def test_refused_with_the_nearest_value(changes, field, advice):
+    blockers = launch_blockers(build_config(changed(PURE, changes), OPD))
+    assert [blocker.field for blocker in blockers] == [field]
+    assert advice in blockers[0].problem
+    assert "hidden" not in str(blockers[0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"student_train.model_args.dtype": "fp32", "teacher.model_args.dtype": "fp16"},
+        {"teacher.strategy_args": {**HF, "strategy_config": None}},
+        reward(reward_args={"num_processes": 2}),
+    ],
+)
+def test_not_refused(changes):
+    assert launch_blockers(build_config(changed(PURE, changes), OPD)) == []
+
+
+UNREAD = {
+    "val_batch_size": 4,
+    "student_train.model_args.attn_implementation": "fa2",
+    "student_train.use_dynamic_batching_in_train": True,
+    "student_train.max_tokens_per_microbatch_in_train": 512,
+    "student_train.logits_in_fp32": True,
+    "student_train.sequence_packing_args.algorithm": "load_balance",
+    "student_train.sequence_packing_args.min_num_micro_batches_forward": 2,
+    "student_train.sequence_packing_args.min_num_micro_batches_train": 2,
+    "student_train.data_args.preprocessing_num_workers": 8,
+    "teacher.use_dynamic_batching_in_infer": True,
+    "teacher.max_tokens_per_microbatch_in_infer": 512,
+    "validation.data_args.preprocessing_num_workers": 8,
+}
+
+
+@pytest.mark.parametrize("field", UNREAD)
+def test_what_is_not_read_is_mentioned(field):
+    loaded = build_config(changed(PURE, {field: UNREAD[field]}), OPD)
+    assert launch_blockers(loaded) == []
+    warning = "settings for speed or memory that this version does not read: "
+    assert launch_warnings(loaded) == [warning + field]
+
+
+def test_all_unread_settings_make_one_line():
+    (line,) = launch_warnings(build_config(changed(PURE, UNREAD), OPD))
+    assert set(line.partition(": ")[2].split(", ")) == set(UNREAD)
+    assert launch_warnings(build_config(PURE, OPD)) == []
+
+
+def test_the_quickstart_has_neither_blockers_nor_warnings():
+    loaded = load_config(OPD, str(REPO / "examples" / "quickstart"), "onpolicy_distill", [], None)
+    assert (loaded.warnings, launch_blockers(loaded), launch_warnings(loaded)) == ([], [], [])
+
+
+# ---- every field -----------------------------------------------------------------------------------------------------
+
+# Fields that only the config layer reads: it resolves, checks or forces them, and says so where they have no effect.
+READ_AT_LOAD = {
+    "is_pure_opd": "the run's mode",
+    "use_opd": "the run's mode; refused at launch",
+    "pure_opd_pipeline_type": "the run's pipeline",
+    "pretrain": "fills the models of the student's roles",
+    "reward_pretrain": "fills the critic's model",
+    "opd_kl_coef": "read through teacher_coef",
+    "sequence_length": "bounds prompt and response; fills the limits of packed rows",
+    "num_nodes": "checks the mappings; the live cluster decides",
+    "num_gpus_per_node": "checks the mappings; the live cluster decides",
+    "num_beams": "must be 1",
+    "domain_interleave_probs": "refused at launch for more than one domain, and one is no mixture",
+    "dataset_type": "refused at launch unless it is JSON lines",
+    "strategy_config": "refused at launch for the strategies that run",
+    "kl_penalty": "refused at launch unless it is kl",
+    # A warning at load says that they have no effect.
+    "global_template": "warned about",
+    "tag_to_template": "warned about",
+    "template": "warned about",
+    "query_filter_config": "warned about: rewards never filter in pure distillation",
+    "response_filter_config": "warned about: rewards never filter in pure distillation",
+    "apply_to": "warned about: both values are the same in pure distillation",
+    "top_k": "warned about with support sampled, and other supports are refused",
+    "add_tail": "warned about with support sampled, and other supports are refused",
+    "jsd_beta": "warned about without divergence jsd, which is refused",
+}
+# Parts of something that is refused, absent or forced; without it they mean nothing.
+PART_OF = {
+    "teacher_args": "its fields are refused",
+    "is_weight": "train_infer_correction",
+    "filters": "train_infer_correction",
+    "filter_args": "query_filter_config",
+    "teacher_weighting": "several teachers",
+    "lora_rank": "lora_target",
+    "lora_alpha": "lora_target",
+    "lora_dropout": "lora_target",
+    "max_additional_running_prompts": "is_use_additional_prompts",
+    "mask_type": "max_len_mask and difficulty_mask",
+    "difficulty_low_threshold": "difficulty_mask",
+    "difficulty_high_threshold": "difficulty_mask",
+    "error_max_len_threshold": "error_max_len_clip",
+    # Pure distillation, the only mode that runs, has no critic, no reference and no external reward in its signal.
+    "reference": "other modes",
+    "lambd": "adv_estimator gae",
+    "value_clip": "the critic",
+    "reward_clip": "the external reward",
+    "norm_mean_type": "the external reward",
+    "norm_std_type": "the external reward",
+}
+REFUSED = {
+    *(checks.NOT_YET + checks.NOT_YET_MODEL + checks.NOT_YET_GENERATING + checks.NOT_YET_WORKER),
+    *(checks.NOT_YET_REWARD + ["context_template"]),
+    *checks.RUNNABLE_OBJECTIVE,
+}
+MENTIONED = {
+    *(checks.UNREAD_PIPELINE + checks.UNREAD_WORKER + checks.UNREAD_MODEL),
+    *(checks.UNREAD_PACKING + checks.UNREAD_DATA),
+}
+REFUSED_WHOLE = ("TrainInferWeightArguments", "TrainInferFilterArguments", "AgenticConfig")
+
+
+def config_classes(cls=RLVRConfig):
+    """``cls`` and every dataclass below it."""
+    found = {cls}
+    for hint in field_types(cls).values():
+        todo = [hint]
+        while todo:
+            hint = todo.pop()
+            todo += typing.get_args(hint)
+            if isinstance(hint, type) and dataclasses.is_dataclass(hint) and hint not in found:
+                found |= config_classes(hint)
+    return found
+
+
+def all_fields():
+    classes = config_classes() | {AgenticConfig}
+    assert len(classes) > 15
+    return sorted({(cls.__name__, name) for cls in classes for name in field_types(cls)})
+
+
+def test_no_setting_is_silently_ignored():
+    """Each field is read outside the configs, or refused, mentioned at launch, forced, or explained above."""
+    package = Path(roll_opd.__file__).parent
+    files = [path for path in package.rglob("*.py") if package / "configs" not in path.parents]
+    source = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    read = set(re.findall(r"\.([a-z_0-9]+)\b", source))
+    from roll_opd.configs.resolve import FORCED_IN_PURE_MODE
+
+    forced = {name for name, _, _ in FORCED_IN_PURE_MODE}
+    accounted = read | REFUSED | MENTIONED | forced | READ_AT_LOAD.keys() | PART_OF.keys()
+    assert "agentic" not in checks.RUNNABLE_PIPELINES
+    only_agentic = set(field_types(AgenticConfig)) - set(field_types(RLVRConfig))
+    ignored = [
+        f"{cls}.{name}"
+        for cls, name in all_fields()
+        if name not in accounted and cls not in REFUSED_WHOLE and name not in only_agentic
+    ]
+    assert ignored == [], "read it, or refuse it in launch_checks.py, or name it in a list there or here"
+
+
+def test_the_lists_name_fields():
+    known = {name for _, name in all_fields()}
+    assert (REFUSED | MENTIONED | READ_AT_LOAD.keys() | PART_OF.keys()) - known == set()
+
+
+def test_what_is_mentioned_as_unread_is_not_refused():
+    assert not REFUSED & MENTIONED
+
+
+def test_the_launcher_logs_the_warnings_before_it_runs(tmp_path, monkeypatch, caplog):
+    seen = []
+    stub = types.ModuleType("roll_opd.pipeline.launch")
+    stub.run_pipeline = lambda loaded: seen.append(len(caplog.messages)) or tmp_path / "summary.json"
+    monkeypatch.setitem(sys.modules, stub.__name__, stub)
+    monkeypatch.setattr(launcher, "configure_logging", lambda: None)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(changed(PURE, {"val_batch_size": 4})))
+    arguments = ["--config_path", str(tmp_path), "--config_name", "run"]
+    assert launcher.main(OPD, str(tmp_path / "start.py"), "", arguments) == 0
+    assert seen == [1]
+    assert caplog.messages[0].endswith("does not read: val_batch_size")
+    assert launcher.main(OPD, str(tmp_path / "start.py"), "", [*arguments, "student_train.model_args.dtype=fp16"]) == 1
+    assert len(seen) == 1
+
+
+def test_plan_memory_of_fsdp2_counts_fp32_state_once(tmp_path):
+    """16 bytes a parameter, shared by the ranks, whatever the compute dtype: fp32 weight, gradient and two moments."""
+    from roll_opd.configs import ModelArguments, StrategyArguments, WorkerConfig
+    from roll_opd.configs.memory import count_parameters, memory_per_device
+
+    model = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 1000, "num_attention_heads": 4,
+             "intermediate_size": 128, "tie_word_embeddings": True}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    expected = 16 * count_parameters(model) / 2 / 2**20
+    for dtype in ("fp32", "bf16"):
+        worker = WorkerConfig(
+            model_args=ModelArguments(model_name_or_path=str(tmp_path), dtype=dtype),
+            strategy_args=StrategyArguments(strategy_name="fsdp2_train"),
+            world_size=2,
+        )
+        assert memory_per_device(worker, "student_train").startswith(f"{expected:.1f} MiB")

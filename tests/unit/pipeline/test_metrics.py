@@ -1,0 +1,116 @@
+"""Metrics by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from roll_opd.pipeline.metrics import opd_metrics, reverse_kl, reward_metrics, rollout_metrics
+
+
+def f32(*values: float) -> np.ndarray:
+    return np.array(values, dtype=np.float32)
+
+
+@pytest.fixture
+def batch(fakes):
+    """Two trajectories of 3 and 1 sampled tokens; what lies outside the mask must never show."""
+    a = fakes.trajectory(
+        0, prompt=1, response=3, tag="math", reward=1.0, correct=True, finish_reason="length", sampled_mass=0.5,
+        infer_logprobs=f32(99, -1, -1, -1), old_logprobs=f32(99, -1, -2, -3), advantages=f32(99, 2, -1, 0),
+        weight_version=np.array([-1, 4, 5, 5], dtype=np.int32),
+        teacher_scores={"default": fakes.TeacherScores(f32(0, -3, -1, -3))},
+    )  # fmt: skip
+    b = fakes.trajectory(
+        1, prompt=2, response=1, tag="code", reward=0.0, correct=False,
+        infer_logprobs=f32(99, 99, -1), old_logprobs=f32(99, 99, -1), advantages=f32(99, 99, -5),
+        weight_version=np.array([-1, -1, 5], dtype=np.int32),
+        teacher_scores={"default": fakes.TeacherScores(f32(0, 0, -6))},
+    )  # fmt: skip
+    return [a, b]
+
+
+def test_opd_by_hand(batch) -> None:
+    metrics = opd_metrics(batch)
+    # d = 2, -1, 0 and 5
+    assert metrics["opd/reverse_kl"] == metrics["opd/reverse_kl/teacher/default"] == pytest.approx(6 / 4)
+    assert metrics["opd/reverse_kl/tag/math"] == pytest.approx(1 / 3)
+    assert metrics["opd/reverse_kl/tag/code"] == pytest.approx(5)
+    assert metrics["opd/reverse_kl/position/0-15"] == pytest.approx(6 / 4)
+    assert metrics["opd/teacher_logprob"] == pytest.approx(-13 / 4)
+    assert metrics["opd/student_logprob"] == pytest.approx(-7 / 4)
+    assert metrics["opd/advantage_mean"] == pytest.approx(-1)
+    assert metrics["opd/advantage_std"] == pytest.approx(math.sqrt((9 + 0 + 1 + 16) / 4))
+    assert metrics["opd/advantage_absmax"] == 5
+
+
+def test_positions_count_from_the_first_sampled_token(fakes) -> None:
+    mask = np.arange(40) >= 10
+    d = np.where(np.arange(40) - 10 < 16, 1.0, 3.0)
+    t = fakes.trajectory(
+        0, prompt=10, response=30, old_logprobs=np.where(mask, d, 50).astype(np.float32),
+        advantages=np.zeros(40, dtype=np.float32),
+        teacher_scores={"default": fakes.TeacherScores(np.zeros(40, dtype=np.float32))},
+    )  # fmt: skip
+    metrics = opd_metrics([t])
+    positions = {name: value for name, value in metrics.items() if "/position/" in name}
+    assert positions == {
+        "opd/reverse_kl/position/0-15": pytest.approx(1.0),
+        "opd/reverse_kl/position/16-63": pytest.approx(3.0),
+    }
+
+
+def test_rollout_by_hand(batch) -> None:
+    metrics = rollout_metrics(batch, version=5)
+    assert metrics["rollout/num_trajectories"] == 2
+    assert metrics["rollout/response_tokens"] == 4
+    assert metrics["rollout/response_length"] == 2
+    assert metrics["rollout/response_length_max"] == 3
+    assert metrics["rollout/truncated"] == 0.5
+    assert metrics["rollout/sampled_mass"] == 0.75
+    assert metrics["staleness/mean"] == 0.25 and metrics["staleness/max"] == 1
+    # differences 0, -1, -2, 0
+    assert metrics["mismatch/abs_logprob_diff"] == pytest.approx(3 / 4)
+    assert metrics["mismatch/abs_logprob_diff_max"] == pytest.approx(2)
+    assert metrics["mismatch/kl"] == pytest.approx((math.exp(-1) - 1 + 1 + math.exp(-2) - 1 + 2) / 4, rel=1e-6)
+
+
+def test_rollout_without_old_logprobs_has_no_mismatch(fakes) -> None:
+    metrics = rollout_metrics([fakes.trajectory()], version=0)
+    assert not [name for name in metrics if name.startswith(("mismatch", "reward"))]
+
+
+def test_two_teachers_and_a_trajectory_that_neither_scored(fakes) -> None:
+    def scored(draw, **teachers):
+        return fakes.trajectory(
+            draw, prompt=1, response=1, old_logprobs=f32(0, -1), advantages=f32(0, 0),
+            teacher_scores={name: fakes.TeacherScores(f32(0, value)) for name, value in teachers.items()},
+        )  # fmt: skip
+
+    batch = [scored(0, a=-2.0, b=-4.0), scored(1, a=-3.0), scored(2)]
+    metrics = opd_metrics(batch)
+    assert metrics["opd/reverse_kl/teacher/a"] == pytest.approx(1.5)
+    assert metrics["opd/reverse_kl/teacher/b"] == pytest.approx(3)
+    assert metrics["opd/student_logprob"] == -1
+    assert math.isnan(reverse_kl(batch, "nobody"))
+    assert reverse_kl(batch[:1], "a", "infer_logprobs") == pytest.approx(1.5)
+
+
+def test_rewards_by_hand(fakes) -> None:
+    batch = [
+        fakes.trajectory(0, tag="x", reward=1.0, correct=True),
+        fakes.trajectory(1, tag="x", reward=0.0, correct=False),
+        fakes.trajectory(2, tag="y", reward=0.5, correct=None),  # graded, no verdict
+        fakes.trajectory(3, tag="y"),  # not graded
+        fakes.trajectory(4, tag="", reward=1.0, correct=True),
+    ]
+    assert reward_metrics(batch, "reward") == {
+        "reward/mean": pytest.approx(2.5 / 4),
+        "reward/graded": pytest.approx(4 / 5),
+        "reward/accuracy": pytest.approx(2 / 3),
+        "reward/accuracy/tag/x": pytest.approx(0.5),
+        "reward/accuracy/tag/untagged": 1.0,
+    }
+    assert reward_metrics([fakes.trajectory()], "reward") == {}

@@ -1,0 +1,466 @@
+"""The stream over engines that finish in any order we like: blocks, order, faults, versions, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from ray.exceptions import RayActorError, RayTaskError
+
+from roll_opd.configs.worker_config import RewardConfig
+from roll_opd.datasets.prompts import Prompt
+from roll_opd.datasets.rows import Row
+from roll_opd.distributed.strategy.base import GenerateRequest, GenerateResult, Sampling
+from roll_opd.errors import GenerationError, TeacherError
+from roll_opd.pipeline.reward_pool import RewardPool
+from roll_opd.pipeline.trajectory_stream import Draw, TrajectoryStream
+from roll_opd.rewards.base import RewardResult
+from roll_opd.trajectory import TeacherScores, Trajectory, TrajectoryId
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def prompt(i: int, tag: str = "math") -> Prompt:
+    row = Row(
+        index=i, id=str(i), tag=tag, messages=None, prompt=f"p{i}", ground_truth=str(i), source=None, difficulty=None,
+        test_cases=["t"], hint=None, file="f", line=i, extra={"level": i},
+    )  # fmt: skip
+    return Prompt(row, tuple(range(1, 2 + i % 3)), f"p{i}")
+
+
+class Engine:
+    """``worker.generate.options(...).remote(requests)`` as an async iterator of awaitables.
+
+    Args:
+        order: rearranges the results before they are handed out (may drop, repeat or raise).
+        version: gives the weight version of a call.
+    """
+
+    def __init__(self, order: Callable[[list[GenerateResult]], Iterable] = list, version: Callable[[], int] = int):
+        self.order = order
+        self.version = version
+        self.calls: list[list[GenerateRequest]] = []
+        self.generate = SimpleNamespace(options=self._options)
+
+    def _options(self, *, num_returns: str) -> SimpleNamespace:
+        assert num_returns == "streaming"
+        return SimpleNamespace(remote=self._remote)
+
+    async def _remote(self, requests: Sequence[GenerateRequest]):
+        self.calls.append(list(requests))
+        for result in self.order([respond(r, self.version()) for r in requests]):
+            await asyncio.sleep(0)
+            yield self._ref(result)
+
+    async def _ref(self, result):
+        await asyncio.sleep(0)
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+
+def respond(request: GenerateRequest, version: int = 0) -> GenerateResult:
+    """Tokens and lengths that follow from the seed alone."""
+    rng = np.random.default_rng(request.seed)
+    n = int(rng.integers(1, 6))
+    return GenerateResult(
+        request.id, rng.integers(10, 99, n).astype(np.int32), -rng.random(n).astype(np.float32),
+        np.full(n, version, dtype=np.int32), "stop", 1.0,
+    )  # fmt: skip
+
+
+class Teachers:
+    """Records which trajectories are scored together."""
+
+    def __init__(self, block_size: int = 1, error: BaseException | None = None) -> None:
+        self.block_size = block_size
+        self.error = error
+        self.blocks: list[list[TrajectoryId]] = []
+
+    async def score(self, trajectories: Sequence[Trajectory]) -> list[dict[str, TeacherScores]]:
+        self.blocks.append([t.id for t in trajectories])
+        await asyncio.sleep(0)
+        if self.error:
+            raise self.error
+        return [{"default": TeacherScores(-t.tokens.astype(np.float32))} for t in trajectories]
+
+
+@pytest.fixture
+def make_stream():
+    streams: list[TrajectoryStream] = []
+
+    def make(engines: Sequence[Engine], teachers: Teachers | None = None, **settings) -> TrajectoryStream:
+        options = {
+            "rewards": RewardPool({}),
+            "decode": lambda ids: " ".join(map(str, ids)),
+            "seed": 3,
+            "group_size": 2,
+            "sampling": Sampling(max_new_tokens=8),
+            "deadline": 20.0,
+        } | settings
+        streams.append(TrajectoryStream(generators=engines, teachers=teachers or Teachers(), **options))
+        return streams[-1]
+
+    yield make
+    for stream in streams:
+        stream.close()
+
+
+def draws(batch: int, size: int = 5) -> list[Draw]:
+    return [Draw(batch * size + i, prompt(batch * size + i)) for i in range(size)]
+
+
+def one_batch(stream: TrajectoryStream):
+    stream.start(draws, 0, 1)
+    stream.weights_ready(0)
+    return stream.collect()
+
+
+def shuffled(seed: int) -> Callable[[list[GenerateResult]], list[GenerateResult]]:
+    return lambda results: random.Random(seed).sample(results, len(results))
+
+
+def flat(batch) -> list:
+    return [
+        (t.id, t.tokens.tolist(), t.response_mask.tolist(), t.infer_logprobs.tolist(),
+         {n: s.logprobs.tolist() for n, s in t.teacher_scores.items()})
+        for t in batch.trajectories
+    ]  # fmt: skip
+
+
+def test_a_trajectory_is_prompt_and_response(make_stream) -> None:
+    batch = one_batch(make_stream([Engine()]))
+    assert [t.id for t in batch.trajectories] == [TrajectoryId(d, s) for d in range(5) for s in range(2)]
+    for t in batch.trajectories:
+        expected = respond(GenerateRequest(t.id, (), t.id.seed(3), Sampling()))
+        ids = prompt(t.id.draw).token_ids
+        assert t.tokens.tolist() == [*ids, *expected.response_ids]
+        assert t.response_mask.tolist() == [False] * len(ids) + [True] * len(expected.response_ids)
+        assert t.infer_logprobs.tolist() == [0.0] * len(ids) + expected.infer_logprobs.tolist()
+        assert t.weight_version.tolist() == [-1] * len(ids) + [0] * len(expected.response_ids)
+        assert t.tokens.dtype == t.weight_version.dtype == np.int32 and t.infer_logprobs.dtype == np.float32
+        assert t.tag == "math" and t.reward is None
+        assert t.extras["response"] == " ".join(map(str, expected.response_ids))
+    assert batch.seconds["rollout"] >= batch.seconds["generate"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("block_size", "sizes"),
+    [(1, [2] * 5), (2, [2] * 5), (3, [2] * 5), (4, [4, 4, 2]), (7, [6, 4]), (100, [10])],
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_blocks_are_whole_groups_in_order_whatever_finishes_first(make_stream, block_size, sizes, seed) -> None:
+    teachers, plain = Teachers(block_size), Teachers(block_size)
+    batch = one_batch(make_stream([Engine(shuffled(seed)), Engine(shuffled(seed + 9))], teachers))
+    straight = one_batch(make_stream([Engine()], plain))
+    expected = [TrajectoryId(d, s) for d in range(5) for s in range(2)]
+    bounds = np.cumsum([0, *sizes])
+    blocks = [expected[a:b] for a, b in itertools.pairwise(bounds)]
+    assert sorted(teachers.blocks) == sorted(plain.blocks) == blocks
+    assert flat(batch) == flat(straight)
+
+
+def test_a_block_is_scored_while_others_are_still_generated(make_stream) -> None:
+    """DESIGN: a teacher scores each group as it finishes, not after the whole rollout."""
+    teachers = Teachers()
+    scored_before_the_end: list[int] = []
+
+    class Slow(Engine):
+        async def _remote(self, requests):
+            for i, request in enumerate(requests):
+                if i == len(requests) - 1:
+                    for _ in range(50):
+                        await asyncio.sleep(0)
+                    scored_before_the_end.append(len(teachers.blocks))
+                yield self._ref(respond(request))
+
+    one_batch(make_stream([Slow()], teachers))
+    assert scored_before_the_end == [4]
+
+
+def test_groups_stay_together_on_an_engine(make_stream) -> None:
+    """So that the prompt of a group is computed once."""
+    engines = [Engine(), Engine(), Engine()]
+    one_batch(make_stream(engines))
+    groups = [[r.id.draw for r in engine.calls[0]] for engine in engines]
+    assert groups == [[0, 0, 3, 3], [1, 1, 4, 4], [2, 2]]
+
+
+def test_more_engines_than_groups(make_stream) -> None:
+    engines = [Engine() for _ in range(8)]
+    assert len(one_batch(make_stream(engines)).trajectories) == 10
+    assert [len(e.calls) for e in engines] == [1] * 5 + [0] * 3
+
+
+def test_rewards_beside_teachers(make_stream, fakes) -> None:
+    seen = []
+
+    def answer(items):
+        seen.extend(items)
+        return [
+            RewardResult(i.id, float(i.ground_truth), i.ground_truth == "3", None if i.ground_truth != "4" else "late")
+            for i in items
+        ]
+
+    rewards = RewardPool({"math": (RewardConfig(), [SimpleNamespace(grade=fakes.Method(answer))])})
+    stream = make_stream([Engine()], Teachers(4), rewards=rewards)
+    graded = stream.verdicts(one_batch(stream), patience=None)
+    assert [t.reward for t in graded] == [0, 0, 1, 1, 2, 2, 3, 3, None, None]
+    assert [t.correct for t in graded] == [False] * 6 + [True, True, None, None]
+    assert all(t.teacher_scores for t in graded)
+    item = next(i for i in seen if i.id == "1/0/0")
+    assert (item.prompt, item.tag, item.row) == ("p1", "math", {"test_cases": ["t"], "level": 1})
+
+
+def test_a_reward_that_hangs_delays_nothing(make_stream, fakes) -> None:
+    async def never(items):
+        await asyncio.sleep(3600)
+
+    rewards = RewardPool({"math": (RewardConfig(), [SimpleNamespace(grade=fakes.Method(never))])})
+    stream = make_stream([Engine()], Teachers(4), rewards=rewards)
+    began = time.monotonic()
+    batch = one_batch(stream)
+    graded = stream.verdicts(batch, patience=0.05)
+    assert time.monotonic() - began < 5
+    assert len(graded) == 10 and all(t.reward is None and t.teacher_scores for t in graded)
+
+
+# ---- faults ------------------------------------------------------------------------------------------------------
+
+
+def empty(result: GenerateResult) -> GenerateResult:
+    none = np.zeros(0, dtype=np.int32)
+    return GenerateResult(result.id, none, none.astype(np.float32), none, "stop", 1.0)
+
+
+def nan(result: GenerateResult) -> GenerateResult:
+    logprobs = np.full_like(result.infer_logprobs, np.nan)
+    return GenerateResult(result.id, result.response_ids, logprobs, result.weight_version, "stop", 1.0)
+
+
+def foreign(result: GenerateResult) -> GenerateResult:
+    name = result.id._replace(draw=77)
+    return GenerateResult(name, result.response_ids, result.infer_logprobs, result.weight_version, "stop", 1.0)
+
+
+TASK_ERROR = RayTaskError("generate", "traceback", GenerationError("the engine is confused")).as_instanceof_cause()
+FAULTS = {
+    "repeated": (lambda rs: [rs[0], *rs], GenerationError, "0/0/0 twice"),
+    "repeated late": (lambda rs: [*rs, rs[0]], GenerationError, "0/0/0 twice"),
+    "missing": (lambda rs: rs[:-1], GenerationError, "1 of 10 responses never came, first 4/1/0"),
+    "nothing": (lambda rs: [], GenerationError, "10 of 10"),
+    "empty": (lambda rs: [*rs[:-1], empty(rs[-1])], GenerationError, "empty response.*4/1/0"),
+    "user error": (lambda rs: [*rs[:2], TASK_ERROR], GenerationError, "confused"),
+    "death": (lambda rs: [*rs[:2], RayActorError()], GenerationError, "died"),
+    "nan": (lambda rs: [*rs[:-1], nan(rs[-1])], GenerationError, "not finite.*4/1/0"),
+    "foreign": (lambda rs: [*rs, foreign(rs[0])], GenerationError, "77"),
+}
+
+
+@pytest.mark.parametrize("fault", list(FAULTS))
+def test_a_fault_of_an_engine_is_raised_by_collect(make_stream, fault) -> None:
+    order, error, message = FAULTS[fault]
+    with pytest.raises(error, match=message):
+        one_batch(make_stream([Engine(order)]))
+
+
+@pytest.mark.parametrize("fault", ["foreign", "nan"])
+def test_every_fault_of_an_engine_is_a_generation_error(make_stream, fault) -> None:
+    with pytest.raises(GenerationError):
+        one_batch(make_stream([Engine(FAULTS[fault][0])]))
+
+
+def test_an_engine_that_hangs_is_given_up(make_stream) -> None:
+    class Stuck(Engine):
+        async def _remote(self, requests):
+            yield self._ref(respond(requests[0]))
+            await asyncio.sleep(3600)
+
+    with pytest.raises(GenerationError, match="no response for 0 s"):
+        one_batch(make_stream([Stuck()], deadline=0.1))
+
+
+def test_an_error_of_a_teacher_is_raised_by_collect(make_stream) -> None:
+    with pytest.raises(TeacherError, match="budget"):
+        one_batch(make_stream([Engine()], Teachers(error=TeacherError("teacher 'default': budget"))))
+
+
+def test_an_error_of_a_teacher_does_not_wait_for_the_engine(make_stream) -> None:
+    class Stuck(Engine):
+        async def _remote(self, requests):
+            for request in requests[:2]:
+                yield self._ref(respond(request))
+            await asyncio.sleep(3600)
+
+    with pytest.raises(TeacherError, match="budget"):
+        one_batch(make_stream([Stuck()], Teachers(error=TeacherError("teacher 'default': budget")), deadline=0.5))
+
+
+@pytest.mark.parametrize(
+    "culprit",
+    [
+        "teacher",
+        "engine",
+    ],
+)
+def test_a_failure_stops_the_other_engines(make_stream, culprit) -> None:
+    stopped = threading.Event()
+
+    class Busy(Engine):
+        async def _remote(self, requests):
+            try:
+                yield self._ref(respond(requests[0]))
+                await asyncio.sleep(3600)
+            finally:
+                stopped.set()
+
+    teachers = Teachers(error=TeacherError("budget") if culprit == "teacher" else None)
+    engine = Engine(lambda results: [RayActorError()]) if culprit == "engine" else Engine()
+    with pytest.raises(TeacherError if culprit == "teacher" else GenerationError):
+        one_batch(make_stream([Busy(), engine], teachers))
+    assert stopped.wait(1)
+
+
+def test_an_error_while_drawing_is_raised_by_collect(make_stream) -> None:
+    stream = make_stream([Engine()])
+
+    def bad(_batch):
+        raise RuntimeError("no data")
+
+    stream.start(bad, 0, 1)
+    stream.weights_ready(0)
+    with pytest.raises(RuntimeError, match="no data"):
+        stream.collect()
+
+
+# ---- weights and batches -----------------------------------------------------------------------------------------
+
+
+def settle(stream: TrajectoryStream) -> None:
+    """Let the producer do whatever it can do now."""
+    for _ in range(20):
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0.002), stream._loop).result(10)
+
+
+def test_a_batch_does_not_start_before_its_weights(make_stream) -> None:
+    version = -1
+    engine = Engine(version=lambda: version)
+    stream = make_stream([engine])
+    stream.start(draws, 0, 5)
+    settle(stream)
+    assert engine.calls == []
+    for batch in range(5):
+        version = batch
+        stream.weights_ready(batch)
+        result = stream.collect()
+        assert [t.id.draw for t in result.trajectories[::2]] == list(range(batch * 5, batch * 5 + 5))
+        assert {int(t.weight_version.max()) for t in result.trajectories} == {batch}
+        settle(stream)
+        assert len(engine.calls) == batch + 1
+
+
+@pytest.mark.parametrize("bound", [1, 2])
+def test_generation_runs_ahead_by_the_bound_and_no_further(make_stream, bound) -> None:
+    version = 0
+    engine = Engine(version=lambda: version)
+    stream = make_stream([engine], bound=bound)
+    stream.start(draws, 0, 9)
+    for batch in range(3):
+        version = batch
+        stream.weights_ready(batch)
+        settle(stream)
+        assert len(engine.calls) == 1 + bound + batch
+        assert stream.collect().trajectories[0].id.draw == 5 * batch
+        settle(stream)
+        assert len(engine.calls) == 1 + bound + batch
+
+
+def test_nothing_is_generated_before_any_weights_were_given(make_stream) -> None:
+    engine = Engine()
+    stream = make_stream([engine], bound=1)
+    stream.start(draws, 0, 2)
+    settle(stream)
+    assert engine.calls == []
+
+
+def test_tokens_older_than_the_bound_are_refused(make_stream) -> None:
+    stream = make_stream([Engine(version=lambda: 0)])
+    stream.start(draws, 0, 2)
+    stream.weights_ready(0)
+    stream.collect()
+    stream.weights_ready(1)
+    with pytest.raises(AssertionError, match="batch 1 has tokens of weights 0"):
+        stream.collect()
+
+
+def test_a_resumed_stream_counts_on(make_stream) -> None:
+    engine = Engine(version=lambda: 3)
+    stream = make_stream([engine])
+    stream.start(draws, 3, 4)
+    stream.weights_ready(3)
+    assert stream.collect().trajectories[0].id == TrajectoryId(15, 0)
+
+
+def test_validation_between_batches(make_stream) -> None:
+    version = 0
+    engine, other = Engine(version=lambda: version), Engine(version=lambda: 9)
+    stream = make_stream([engine])
+    stream.start(draws, 0, 2)
+    prompts = [prompt(i) for i in range(3)]
+    greedy = Sampling(max_new_tokens=4, greedy=True)
+    stream.weights_ready(0)
+    first = stream.collect()
+    validated = stream.validate(prompts, 2, greedy, seed=1)
+    assert [t.id for t in validated.trajectories] == [TrajectoryId(d, s, 0, "val") for d in range(3) for s in range(2)]
+    assert all(r.sampling == greedy for r in engine.calls[-1])
+    assert [r.seed for r in engine.calls[-1]] == [
+        TrajectoryId(d, s, 0, "val").seed(1) for d in range(3) for s in range(2)
+    ]
+    # the same prompts with the same seed: the same samples; from other engines when told so
+    assert flat(stream.validate(prompts, 2, greedy, seed=1)) == flat(validated)
+    stream.validate(prompts, 1, greedy, seed=1, generators=[other])
+    assert len(other.calls) == 1
+    version = 1
+    stream.weights_ready(1)
+    second = stream.collect()
+    assert first.trajectories[0].id.draw == 0 and second.trajectories[0].id.draw == 5
+
+
+def test_an_error_in_validation_is_raised_there(make_stream) -> None:
+    stream = make_stream([Engine(lambda results: [])])
+    with pytest.raises(GenerationError, match="never came"):
+        stream.validate([prompt(0)], 1, Sampling(), seed=1)
+
+
+@pytest.mark.parametrize("state", ["idle", "waiting for weights", "generating", "done", "failed"])
+def test_close_ends_the_thread(make_stream, state) -> None:
+    started = threading.Event()
+
+    class Stuck(Engine):
+        async def _remote(self, requests):
+            started.set()
+            await asyncio.sleep(3600)
+            yield
+
+    engine = {"generating": Stuck(), "failed": Engine(lambda results: [])}.get(state, Engine())
+    stream = make_stream([engine])
+    if state != "idle":
+        stream.start(draws, 0, 2)
+    if state in ("generating", "done", "failed"):
+        stream.weights_ready(0)
+    if state == "generating":
+        assert started.wait(10)
+    elif state in ("done", "failed"):
+        settle(stream)  # the result waits in the queue; nobody collects it
+    began = time.perf_counter()
+    stream.close()
+    assert time.perf_counter() - began < 5
+    assert not stream._thread.is_alive()
+    stream.close()  # and again

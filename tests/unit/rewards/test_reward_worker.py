@@ -1,0 +1,87 @@
+"""The base class and the resolution of class paths."""
+
+import asyncio
+import logging
+import sys
+
+import pytest
+
+from roll_opd.errors import ConfigError, LaunchError
+from roll_opd.rewards import resolve_reward
+from roll_opd.rewards.base import RewardItem, RewardResult, RewardWorker
+from roll_opd.rewards.math_rule_reward_worker import MathRuleRewardWorker
+
+MATH = "roll_opd.rewards.math_rule_reward_worker.MathRuleRewardWorker"
+
+
+class LengthRewardWorker(RewardWorker):
+    """Slower the earlier the item, so that finishing order is not item order."""
+
+    async def grade_one(self, item: RewardItem) -> RewardResult:
+        if item.response == "bad":
+            raise KeyError("no such thing")
+        if item.response == "broken":
+            raise LaunchError("no GPU for the judge")
+        await asyncio.sleep(0.05 / (1 + int(item.id)))
+        return RewardResult(item.id, float(len(item.response)))
+
+
+def grade(*responses):
+    worker = LengthRewardWorker("length", {})
+    found = asyncio.run(worker.grade([RewardItem(str(i), r, None) for i, r in enumerate(responses)]))
+    worker.close()
+    return found
+
+
+def test_order_is_kept_and_a_fault_stays_with_its_item(caplog):
+    with caplog.at_level(logging.WARNING):
+        results = grade("a", "bad", "ccc")
+    assert [(r.id, r.reward) for r in results] == [("0", 1.0), ("1", 0.0), ("2", 3.0)]
+    assert results[1].error == "KeyError: 'no such thing'"
+    assert results[1].correct is None
+    assert "length" in caplog.text and "KeyError" in caplog.text
+
+
+def test_nothing_to_grade():
+    assert grade() == []
+
+
+def test_a_fault_of_the_installation_stops_the_batch():
+    with pytest.raises(LaunchError, match="judge"):
+        grade("a", "broken", "ccc")
+
+
+def test_resolve():
+    assert resolve_reward(MATH) is MathRuleRewardWorker
+    assert resolve_reward(f"{__name__}.LengthRewardWorker") is LengthRewardWorker
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("MathRuleRewardWorker", "package.module.ClassName"),
+        ("", "package.module.ClassName"),
+        (".relative.X", "package.module.ClassName"),
+        ("roll_opd.rewards.math_rule_reward_worker.", "package.module.ClassName"),
+        (
+            "roll_opd.rewards.math_rule_reward_worker.MathRuleWorker",
+            f"no class 'MathRuleWorker'; did you mean '{MATH}'",
+        ),
+        ("roll_opd.rewards.math_reward_worker.MathRewardWorker", f"no module .*; did you mean '{MATH}'"),
+        ("no_such_package.x.Y", f"no module 'no_such_package'; known here: {MATH}"),
+        ("roll_opd.rewards.base.RewardItem", "not a subclass of roll_opd.rewards.base.RewardWorker"),
+        ("roll_opd.rewards.base.logger", "not a subclass"),
+        ("roll_opd.rewards.base.RewardWorker", "abstract"),
+    ],
+)
+def test_what_cannot_be_resolved(path, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        resolve_reward(path, field="rewards.math_rule.worker_cls")
+    assert caught.value.field == "rewards.math_rule.worker_cls"
+
+
+def test_a_missing_dependency_is_told_from_a_missing_module(tmp_path, monkeypatch):
+    (tmp_path / "needy_reward.py").write_text("import surely_not_installed\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with pytest.raises(ConfigError, match="needs the package 'surely_not_installed', which is not installed"):
+        resolve_reward("needy_reward.NeedyRewardWorker")

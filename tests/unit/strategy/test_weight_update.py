@@ -1,0 +1,127 @@
+"""begin -> load_weights -> finish: what is held equals what was sent, tied or not."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from roll_opd.distributed.strategy.base import WeightBucket, tensor_checksum
+from roll_opd.distributed.strategy.hf import as_bytes
+from roll_opd.distributed.weight_sync import _compare
+from roll_opd.errors import GenerationError
+
+
+def buckets_of(lm: torch.nn.Module, dtype: torch.dtype, per_bucket: int = 3) -> list[WeightBucket]:
+    """All names, tied ones twice, as read-only bytes: what arrives from Ray's object store."""
+    entries = []
+    for name, parameter in lm.named_parameters(remove_duplicate=False):
+        raw = as_bytes(parameter.to(dtype)).copy()
+        raw.setflags(write=False)
+        entries.append((name, str(dtype).removeprefix("torch."), tuple(parameter.shape), raw))
+    return [WeightBucket.of(entries[i : i + per_bucket]) for i in range(0, len(entries), per_bucket)]
+
+
+def changed(lm: torch.nn.Module) -> torch.nn.Module:
+    import copy
+
+    other = copy.deepcopy(lm)
+    with torch.no_grad():
+        for i, parameter in enumerate(other.parameters()):
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+    return other
+
+
+def update(strategy, buckets: list[WeightBucket], version: int) -> tuple[dict[str, int], dict[str, int]]:
+    sent: dict[str, int] = {}
+    strategy.begin_weight_update(version)
+    for bucket in buckets:
+        sent |= strategy.load_weights(bucket)
+    return sent, dict(strategy.finish_weight_update(version))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_held_equals_sent(make_strategy, tiny_models, random_model, sequences, tied) -> None:
+    strategy = make_strategy(tiny_models.student if tied else random_model)
+    names = dict(strategy.model.lm.named_parameters(remove_duplicate=False))
+    assert (names["lm_head.weight"] is names["model.embed_tokens.weight"]) == tied
+    before = strategy.score(sequences)
+    for version in (1, 2):
+        source = changed(strategy.model.lm)
+        buckets = buckets_of(source, torch.float32)
+        sent, held = update(strategy, buckets, version)
+        assert sent == held and set(held) == set(names)
+        assert sent == {n: tensor_checksum(raw) for b in buckets for n, _, _, raw in b.tensors}
+        assert strategy.version == version
+        for name, parameter in source.named_parameters(remove_duplicate=False):
+            assert torch.equal(names[name], parameter)
+        _compare(sent, held, "actor_infer-0", version)
+    after = strategy.score(sequences)
+    assert not np.allclose(before[1].logprobs, after[1].logprobs)
+
+
+def test_bf16_travels_as_bytes(vocabulary, tiny_models) -> None:
+    from roll_opd.configs.model_args import ModelArguments
+    from roll_opd.configs.worker_config import WorkerConfig
+    from roll_opd.distributed.strategy.hf import HFStrategy
+
+    config = WorkerConfig(model_args=ModelArguments(tiny_models.student, dtype="bf16"))
+    strategy = HFStrategy("student_infer", config, vocabulary, torch.device("cpu"), generates=True)
+    assert strategy.weight_dtype() == "bfloat16"
+    sent, held = update(strategy, buckets_of(changed(strategy.model.lm), torch.bfloat16), 1)
+    assert sent == held
+
+
+def test_tied_weights_that_disagree_are_noticed(make_strategy, tiny_models) -> None:
+    strategy = make_strategy(tiny_models.student)
+    buckets = buckets_of(strategy.model.lm, torch.float32, per_bucket=1)
+    (head,) = (b.tensors[0] for b in buckets if b.tensors[0][0] == "lm_head.weight")
+    other = (head[0], head[1], head[2], np.zeros_like(head[3]))
+    sent, held = update(strategy, [*buckets, WeightBucket.of((other,))], 1)
+    with pytest.raises(GenerationError, match="other values than were sent"):
+        _compare(sent, held, "actor_infer-0", 1)
+
+
+def test_a_tensor_of_another_shape_does_not_pass(make_strategy, random_model) -> None:
+    strategy = make_strategy(random_model)
+    buckets = buckets_of(strategy.model.lm, torch.float32, per_bucket=1)
+    # One row of 32 numbers, which a copy would repeat over all 320 rows.
+    row = np.ones(32, dtype=np.float32).view(np.uint8)
+    with pytest.raises(GenerationError, match=r"lm_head\.weight.*\(32,\).*\(320, 32\)"):
+        update(strategy, [*buckets, WeightBucket.of((("lm_head.weight", "float32", (32,), row),))], 1)
+
+
+def test_an_unknown_parameter_is_refused(make_strategy, random_model) -> None:
+    strategy = make_strategy(random_model)
+    bucket = WeightBucket.of((("model.layers.7.up_proj.weight", "float32", (1,), np.zeros(4, dtype=np.uint8)),))
+    with pytest.raises(GenerationError, match=r"model\.layers\.7\.up_proj\.weight"):
+        strategy.load_weights(bucket)
+
+
+def test_a_parameter_that_was_not_sent_is_named(make_strategy, random_model) -> None:
+    strategy = make_strategy(random_model)
+    sent, held = update(strategy, buckets_of(strategy.model.lm, torch.float32, per_bucket=1)[1:], 1)
+    missing = (set(held) - set(sent)).pop()
+    with pytest.raises(GenerationError, match=missing.replace(".", r"\.")):
+        _compare(sent, held, "actor_infer-0", 1)
+
+
+def test_nothing_is_served_between_begin_and_finish(make_strategy, random_model, sequences) -> None:
+    strategy = make_strategy(random_model)
+    old = strategy.score(sequences[:1])[0].logprobs
+    buckets = buckets_of(changed(strategy.model.lm), torch.float32)
+    answers: list[np.ndarray] = []
+    strategy.begin_weight_update(1)
+    asked = threading.Thread(target=lambda: answers.append(strategy.score(sequences[:1])[0].logprobs))
+    asked.start()
+    strategy.load_weights(buckets[0])
+    asked.join(0.2)
+    assert not answers, "scored with half the weights"
+    for bucket in buckets[1:]:
+        strategy.load_weights(bucket)
+    strategy.finish_weight_update(1)
+    asked.join(10)
+    new = strategy.score(sequences[:1])[0].logprobs
+    assert np.array_equal(answers[0], new) and not np.array_equal(old, new)
