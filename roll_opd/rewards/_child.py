@@ -32,10 +32,12 @@ _MIB = 1024 * 1024
 _MAX_ERROR_CHARS = 500
 
 
-def main(spec: dict[str, Any]) -> int:
+def main(spec: dict[str, Any], channel: socket.socket) -> int:
     """Serve until the parent closes its end.
 
     Args:
+        channel: our end; it stays open when this returns. The parent kills a child whose end has closed, so one that
+            closed it before leaving would lose its exit code.
         spec: ``target`` (dotted name), ``memory_mb``, ``parent`` (its pid), ``warm_up`` (arguments of a first call made
             before the child is ready, or null).
 
@@ -46,7 +48,6 @@ def main(spec: dict[str, Any]) -> int:
     limit = spec["memory_mb"] * _MIB
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    channel = _take_channel()
     try:
         function = _load(spec["target"])
         if spec["warm_up"] is not None:
@@ -136,4 +137,5 @@ def _send(channel: socket.socket, message: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     # The interpreter's own clean-up may take long after a hostile item; there is nothing here to clean.
-    os._exit(main(json.loads(sys.argv[1])))
+    _channel = _take_channel()
+    os._exit(main(json.loads(sys.argv[1]), _channel))
