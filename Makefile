@@ -4,14 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.dev
+TRL_VENV := .venv-trl
 
-.PHONY: help install quickstart test test-long check format clean
+.PHONY: help install quickstart test test-long test-trl check format clean
 
 help:
 	@echo "make quickstart   distil a tiny student on this machine (a few minutes, no GPU)"
 	@echo "make test         the test suite"
 	@echo "make check        ruff and mypy"
 	@echo "make test-long    slow soaks and run-to-run variation"
+	@echo "make test-trl     compare the divergences with TRL, installed into $(TRL_VENV)"
 	@echo "make install      only make $(VENV)"
 
 $(RUNTIME): requirements.txt setup.py
@@ -22,6 +24,13 @@ $(RUNTIME): requirements.txt setup.py
 
 $(DEV): $(RUNTIME) requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# The inner .gitignore keeps git, ruff and editors out of it.
+$(TRL_VENV)/.ready: requirements-trl.txt
+	$(PYTHON) -m venv $(TRL_VENV)
+	@echo "*" > $(TRL_VENV)/.gitignore
+	$(TRL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-trl.txt
 	@touch $@
 
 install: $(RUNTIME)
@@ -35,6 +44,9 @@ test: $(DEV)
 test-long: $(DEV)
 	$(BIN)/python -m pytest -m long
 
+test-trl: $(DEV) $(TRL_VENV)/.ready
+	TRL_PYTHON=$(abspath $(TRL_VENV))/bin/python $(BIN)/python -m pytest tests/integration/test_trl_comparison.py
+
 check: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,4 +57,4 @@ format: $(DEV)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) output *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TRL_VENV) output *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -25,6 +25,11 @@ BoolArray = NDArray[np.bool_]
 
 FinishReason = Literal["stop", "length"]
 
+REFERENCE = "reference"
+"""Key of the frozen policy's scores among a trajectory's scores; a run has it or teachers, never both."""
+BASE_MODEL = "base model"
+"""Key of the scores of the model that a teacher was made from; the space keeps it apart from teachers' names."""
+
 
 class TrajectoryId(NamedTuple):
     """Stable name of a trajectory; sorts in the order in which prompts were drawn.
@@ -55,15 +60,45 @@ class TrajectoryId(NamedTuple):
 
 
 @dataclass(frozen=True)
+class SupportScores:
+    """A teacher's log-probabilities over a set of tokens, for each of ``n`` sampled tokens.
+
+    Attributes:
+        ids: ``[n, K]`` int32; -1 fills sets that are smaller.
+        logprobs: ``[n, K]`` float32, untruncated softmax at temperature 1; -inf at the fillers.
+        tail: ``[n]`` float32, log-probability of everything outside the set.
+    """
+
+    ids: IntArray
+    logprobs: FloatArray
+    tail: FloatArray
+
+
+@dataclass(frozen=True)
+class RawTensor:
+    """A tensor as bytes, because numpy has no bfloat16; ``dtype`` is torch's name (``bfloat16``).
+
+    A teacher's final hidden states are one of shape ``[n, H]``: row ``i`` predicts the ``i``-th sampled token.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    raw: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
 class TeacherScores:
     """What one teacher says about one trajectory.
 
     Attributes:
         logprobs: ``[T]`` float32, untruncated softmax at temperature 1 over the tokenizer's vocabulary; 0 where
             ``response_mask`` is false.
+        details: :class:`SupportScores` or :class:`RawTensor`, for objectives that need more than the sampled token.
+            Between processes it is a Ray object reference: large, and of no use to the driver.
     """
 
     logprobs: FloatArray
+    details: Any = None
 
 
 @dataclass(frozen=True)
@@ -79,9 +114,17 @@ class Trajectory:
         weight_version: ``[T]`` int32, version of the student's weights that sampled the token; -1 elsewhere.
         finish_reason: ``stop`` (the student ended it) or ``length`` (cut at the limit).
         sampled_mass: mean over sampled tokens of the probability that the sampler's truncation kept; 1.0 = untruncated.
+        top_ids: ``[n, K]`` int32, tokens that the sampling engine ranked first at each of the ``n`` sampled tokens,
+            when they were asked for.
+        contexts: scorer name -> prompt token ids that it sees in place of the student's (privileged context).
         old_logprobs: ``[T]`` float32, from the trainer before the update (or the engine, when so configured).
-        teacher_scores: teacher name -> scores.
+        entropies: ``[T]`` float32, of the student's distribution before the update, from the trainer.
+        values: ``[T]`` float32, the critic's prediction before the update, when there is a critic.
+        teacher_scores: scorer name -> scores (teachers, and the reference of a run without teachers).
         advantages: ``[T]`` float32; 0 where ``response_mask`` is false.
+        returns: ``[T]`` float32, what the critic learns to predict.
+        policy_weights: ``[T]`` float32 weight of each token's policy loss; None: 1 on every sampled token.
+        divergence_weights: teacher name -> ``[T]`` float32 weight of each token's divergence, coefficient included.
         reward: external reward, if one was graded.
         correct: verdict of the grader, if it gives one.
         extras: whatever else a reward or a page wants to show (never needed for training).
@@ -95,9 +138,16 @@ class Trajectory:
     weight_version: IntArray
     finish_reason: FinishReason = "stop"
     sampled_mass: float = 1.0
+    top_ids: IntArray | None = None
+    contexts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     old_logprobs: FloatArray | None = None
+    entropies: FloatArray | None = None
+    values: FloatArray | None = None
     teacher_scores: Mapping[str, TeacherScores] = field(default_factory=dict)
     advantages: FloatArray | None = None
+    returns: FloatArray | None = None
+    policy_weights: FloatArray | None = None
+    divergence_weights: Mapping[str, FloatArray] = field(default_factory=dict)
     reward: float | None = None
     correct: bool | None = None
     extras: Mapping[str, Any] = field(default_factory=dict)
@@ -109,6 +159,21 @@ class Trajectory:
     def response_length(self) -> int:
         """Number of tokens the student sampled."""
         return int(self.response_mask.sum())
+
+    @property
+    def teachers(self) -> list[str]:
+        """Names of the teachers that scored this trajectory, sorted."""
+        return sorted(name for name in self.teacher_scores if name not in (REFERENCE, BASE_MODEL))
+
+    def sampled(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Return the entries ``[n]`` of per-token ``values [T]`` on the sampled tokens."""
+        return values[self.response_mask]
+
+    def spread(self, values: NDArray[Any]) -> FloatArray:
+        """Return ``[T]`` float32 with ``values [n]`` on the sampled tokens and 0 elsewhere; undoes :meth:`sampled`."""
+        out = np.zeros(len(self.tokens), dtype=np.float32)
+        out[self.response_mask] = values
+        return out
 
 
 def check_per_token(name: str, values: NDArray[Any], trajectory: Trajectory) -> None:

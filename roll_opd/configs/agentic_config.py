@@ -1,12 +1,84 @@
-"""Settings of the agentic pipeline, as far as a plan needs them. A launch refuses them until the pipeline exists."""
+"""Settings of the agentic pipeline: environments, the workers that run them, and how episodes become rewards."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from roll_opd.configs.field_spec import ranged
+from roll_opd.configs.field_spec import as_list, parse_with, ranged
 from roll_opd.configs.pipeline_config import PipelineConfig
+from roll_opd.configs.roll_compat import resolve_class_path
+from roll_opd.configs.worker_config import WorkerConfig
+
+
+@dataclass(frozen=True)
+class LLMProxyArguments:
+    """Who answers for the student in an environment."""
+
+    proxy_type: Literal["policy", "openai", "random"] = "policy"
+    """`policy`: the student; `openai`: a server; `random`: random actions, for tests of an environment."""
+    proxy_config: dict[str, Any] = field(default_factory=dict)
+    """Settings of the proxy."""
+
+
+@dataclass(frozen=True)
+class EnvManagerConfig(WorkerConfig):
+    """Workers that run environments. The members of a group play the same episode (environment, seed and prompt)."""
+
+    llm_proxy: LLMProxyArguments = field(default_factory=LLMProxyArguments)
+    """Who answers for the student."""
+    num_env_groups: int = ranged(128, ge=1)
+    """Groups of environments that run at the same time."""
+    group_size: int = ranged(1, ge=1)
+    """Episodes of a group."""
+    group_size_redundancy: int = ranged(0, ge=0)
+    """Episodes of a group beyond `group_size`; the first ones that finish count."""
+    tags: list[str] = field(default_factory=lambda: ["SimpleSokoban"], metadata=parse_with(as_list))
+    """Keys of `custom_envs` that run here."""
+    num_groups_partition: list[int] | None = None
+    """Groups of each tag, in the order of `tags`; null shares them out evenly."""
+    max_traj_per_env: int = ranged(-1, ge=-1)
+    """Episodes that one environment plays in a step at most; -1: as many as the batch needs."""
+    max_env_num_per_worker: int = ranged(0, ge=0)
+    """Environments in one worker process; 0: all of them."""
+    format_penalty: float = 0.0
+    """Added to the reward of a turn whose text has not the form that was asked for."""
+    group_filter_cls: str | None = field(default=None, metadata=parse_with(resolve_class_path))
+    """Import path of a class that decides which groups are trained; null: all."""
+
+
+@dataclass(frozen=True)
+class EnvRewardConfig(WorkerConfig):
+    """A model that judges for environments that ask for one."""
+
+    llm_proxy: LLMProxyArguments = field(default_factory=LLMProxyArguments)
+    """How the judge is reached."""
+
+
+@dataclass(frozen=True)
+class RewardNormalizationArguments:
+    """What the scores of episodes are centred and scaled over."""
+
+    grouping: str = "batch"
+    """`batch`, or the key of an episode that names its group, such as `traj_group_id` or `tags`."""
+    method: Literal["identity", "mean", "mean_std", "asym_clip"] = "identity"
+    """Centre, scale, or neither; `norm_mean_type` and `norm_std_type` win where they are set."""
+    norm_mean_type: Literal["batch", "group"] | None = None
+    """What scores are centred over; null: as `method` says."""
+    norm_std_type: Literal["batch", "group"] | None = None
+    """What scores are scaled over; null: as `method` says."""
+
+
+@dataclass(frozen=True)
+class EnvMonitorArguments:
+    """Watch for environments that hang."""
+
+    enable: bool = True
+    """Watch."""
+    monitor_interval: float = ranged(30.0, gt=0)
+    """Seconds between two looks."""
+    hung_timeout: float = ranged(3600.0, gt=0)
+    """Seconds without a step after which an environment counts as hung."""
 
 
 @dataclass(frozen=True)
@@ -14,21 +86,22 @@ class AgenticConfig(PipelineConfig):
     """Environments and their rewards."""
 
     custom_envs: dict[str, Any] = field(default_factory=dict)
-    """Environments by tag."""
-    train_env_manager: dict[str, Any] = field(default_factory=dict)
+    """Environments by tag: `env_type`, `env_config` and whatever else the environment's manager reads."""
+    train_env_manager: EnvManagerConfig = field(default_factory=EnvManagerConfig)
     """Environments that produce training episodes."""
-    val_env_manager: dict[str, Any] = field(default_factory=dict)
+    val_env_manager: EnvManagerConfig = field(default_factory=EnvManagerConfig)
     """Environments that produce validation episodes."""
     render_save_dir: str | None = None
     """Folder of rendered episodes; null: none."""
-    reward: dict[str, Any] | None = None
+    reward: EnvRewardConfig | None = None
     """Reward worker of environments that ask for one."""
-    reward_normalization: dict[str, Any] = field(default_factory=dict)
+    reward_normalization: RewardNormalizationArguments = field(default_factory=RewardNormalizationArguments)
     """How episode scores are normalised."""
-    env_monitor: dict[str, Any] = field(default_factory=dict)
+    env_monitor: EnvMonitorArguments = field(default_factory=EnvMonitorArguments)
     """Watch for hung environments."""
-    batch_adjust_mode: Literal["copy", "delete", "auto", "random_sample"] = "delete"
-    """How a batch gets its size; copies are never trained here."""
+    batch_adjust_mode: Literal["copy", "delete", "auto", "random_sample"] = "copy"
+    """How a batch gets its size in ROLL. Here no row is trained twice: what does not divide is a smaller last
+    optimizer step (`copy`), or is left out (`delete`, `random_sample`)."""
     episode_reward_weight: float = 1.0
     """Weight of the episode's outcome."""
     step_reward_weight: float = 1.0

@@ -13,18 +13,43 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union
 
 from roll_opd.configs.field_spec import PARSE, RANGE
-from roll_opd.configs.roll_compat import ignored_keys
+from roll_opd.configs.roll_compat import OTHER_PIPELINES, PLACEHOLDER, RollKey, ignored_keys, roll_keys, spellings
 from roll_opd.errors import ConfigError
 
 T = TypeVar("T")
 _NUMBER_TEXT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+# What a YAML may hold at its top beside the fields of the config.
+_TOP_LEVEL_WORDS = ("defaults", "hydra", "student_train", "student_infer", "teacher")
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the closest candidate, or an empty string."""
-    close = difflib.get_close_matches(str(word), list(candidates), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def one_edit_apart(first: str, second: str) -> bool:
+    """True for two different words that one inserted, deleted or replaced letter, or one swap of neighbours, unites."""
+    if first == second or abs(len(first) - len(second)) > 1:
+        return False
+    short, long = sorted((first, second), key=len)
+    start = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
+    if len(short) < len(long):
+        return short[start:] == long[start + 1 :]
+    swapped = short[:start] + short[start : start + 2][::-1] + short[start + 2 :]
+    return short[start + 1 :] == long[start + 1 :] or swapped == long
+
+
+def did_you_mean(word: Any, candidates: Iterable[Any]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest candidate, or an empty string.
+
+    All candidates that are one edit away are named; otherwise the most similar one.
+    """
+    words = sorted({str(candidate) for candidate in candidates})
+    close = [candidate for candidate in words if one_edit_apart(str(word), candidate)]
+    close = close or difflib.get_close_matches(str(word), words, n=1, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def of_other_pipeline(key: str) -> ConfigError:
+    """The error for a key of a pipeline that ROLL has and we do not."""
+    problem = f"belongs to ROLL's pipeline for {OTHER_PIPELINES[key]}, which roll_opd does not have"
+    return ConfigError(key, f"{problem}; it runs on-policy distillation, RLVR and agents")
 
 
 @functools.cache
@@ -54,6 +79,8 @@ class Builder:
         self.included = included
         self.ignored: list[str] = []
         self.tolerated: list[str] = []
+        # What a plan accepts and a launch cannot do: path to reason. Each path is among ``ignored`` as well.
+        self.planned: dict[str, str] = {}
 
     def shown(self, path: str) -> str:
         """The path as the user wrote it."""
@@ -68,14 +95,22 @@ class Builder:
             raise ConfigError(self.shown(path), f"expected a mapping of settings, got {_describe(raw)}")
         hints = field_types(typing.cast(Any, cls))
         fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        other_names = spellings(cls)
         values: dict[str, Any] = {}
-        for key, value in raw.items():
-            where = f"{path}.{key}" if path else str(key)
+        for spelled, value in raw.items():
+            where = f"{path}.{spelled}" if path else str(spelled)
+            key = other_names.get(spelled, spelled)
+            if key != spelled and key in raw:
+                raise ConfigError(self.shown(where), f"is another spelling of {key!r}, which is given too; keep one")
             if key not in fields:
-                self._unknown(cls, key, where, at_top=not path)
+                self._unknown(cls, key, value, where, at_top=not path)
                 continue
             if value is None and not _accepts_none(hints[key]):
                 # `key: ~` in ROLL's files means "not set".
+                continue
+            if isinstance(value, str) and PLACEHOLDER.fullmatch(value) and hints[key] in (int, float):
+                self.ignored.append(self.shown(where))
+                self.planned[self.shown(where)] = f"{value!r} stands where a number belongs"
                 continue
             values[key] = self._field(fields[key], hints[key], value, where)
         return cls(**values)
@@ -92,16 +127,31 @@ class Builder:
                 raise ConfigError(self.shown(path), problem)
         return value
 
-    def _unknown(self, cls: type, key: Any, path: str, at_top: bool) -> None:
+    def _unknown(self, cls: type, key: Any, value: Any, path: str, at_top: bool) -> None:
+        known = roll_keys(cls)
         if key in ignored_keys(cls):
-            self.ignored.append(self.shown(path))
+            self._known_to_roll(known[key], value, path)
         elif cls.__name__ == "CheckpointArguments" or (at_top and key in self.included - self.variables):
             # ROLL hands checkpoint_config to storage backends, which take keys of their own; and a shared file
             # of variables may bring in more of them than this config reads.
             self.tolerated.append(self.shown(path))
+        elif at_top and key in OTHER_PIPELINES:
+            raise of_other_pipeline(key)
         elif not (at_top and key in self.variables):
-            hint = did_you_mean(key, list(field_types(cls)) + sorted(ignored_keys(cls))) or _elsewhere(cls, key)
+            candidates = {*field_types(cls), *ignored_keys(cls), *spellings(cls)}
+            if at_top:
+                candidates |= {*self.variables, *self.included, *_TOP_LEVEL_WORDS}
+            hint = did_you_mean(key, candidates) or _elsewhere(cls, key)
             raise ConfigError(self.shown(path), f"unknown key{hint}")
+
+    def _known_to_roll(self, known: RollKey, value: Any, path: str) -> None:
+        self.ignored.append(self.shown(path))
+        if known.asks(value):
+            self.planned[self.shown(path)] = known.note
+        if known.inner and isinstance(value, Mapping):
+            for key in value:
+                if key not in known.inner:
+                    raise ConfigError(self.shown(f"{path}.{key}"), f"unknown key{did_you_mean(key, known.inner)}")
 
     def _value(self, hint: Any, value: Any, path: str) -> Any:
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)

@@ -14,6 +14,7 @@ from roll_opd.errors import ConfigError
 
 TRAIN_STRATEGIES = ("fsdp2_train", "megatron_train")
 GENERATE_STRATEGIES = ("vllm", "hf_infer", "sglang")
+AGENTIC_ESTIMATORS = ("gigpo", "step_reinforce", "agentic_reinforce")
 SCORE_STRATEGIES = ("hf_infer", "fsdp2_infer", "megatron_infer", "vllm", "remote")
 
 
@@ -35,6 +36,16 @@ def check_config(config: PipelineConfig, raw: Mapping[str, Any], names: Mapping[
         warnings.append(f"{key}: has no effect, because no teacher is configured")
     if config.adv_estimator == "gae" and config.critic is None:
         raise ConfigError("adv_estimator", "gae needs a critic; add 'critic:', or use reinforce, grpo or rloo")
+    if config.pipeline == "rlvr" and config.adv_estimator in AGENTIC_ESTIMATORS:
+        problem = f"{config.adv_estimator!r} credits the steps of an episode, and a response has one"
+        raise ConfigError("adv_estimator", f"{problem}; use reinforce, reinforce++, grpo, rloo or gae")
+    wants = [key for key, on in (("add_token_level_kl", config.add_token_level_kl),
+                                 ("use_kl_loss", config.use_kl_loss and config.kl_loss_coef > 0)) if on]  # fmt: skip
+    if config.mode == "rl" and wants and config.reference is None:
+        raise ConfigError(wants[0], "needs a reference; add 'reference:' (a worker config), or remove it")
+    if config.needs_reference and config.kl_penalty == "full" and config.add_token_level_kl:
+        problem = "'full' is a sum over the vocabulary, and a reference reports the sampled token"
+        raise ConfigError("kl_penalty", f"{problem}; use kl, abs, mse or k3")
 
 
 def roles_of(config: PipelineConfig, names: Mapping[str, str]) -> dict[str, WorkerConfig]:

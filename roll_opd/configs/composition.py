@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,14 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from roll_opd.configs.builder import did_you_mean, one_edit_apart
+from roll_opd.configs.roll_compat import top_level_names
 from roll_opd.errors import ConfigError
 
 _PLAIN_KEY = re.compile(r"[A-Za-z_][\w.\-\[\]]*")
 _REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*)[.}\[]")
+_ENVIRONMENT = re.compile(r"\$\{oc\.env:([A-Za-z_]\w*)\}")
+_MISSING = re.compile(r"Interpolation key '([^']+)' not found")
 
 
 def find_config_dir(config_path: str, launcher_dir: Path | None) -> Path:
@@ -64,13 +69,15 @@ def compose_config(directory: Path, config_name: str, overrides: Sequence[str]) 
         raise ConfigError("--config_name", f"no {name}.yaml in {directory}; configs there: {present}")
     prepared = [prepare_override(override, directory) for override in overrides]
     GlobalHydra.instance().clear()
+    plain: Any = {}
     try:
         with _quiet(), initialize_config_dir(config_dir=str(directory), version_base="1.3", job_name="roll_opd"):
             composed = compose(config_name=name, overrides=prepared)
             plain = OmegaConf.to_container(composed, resolve=False)
-            resolved = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+            written_out = OmegaConf.create(_keep_unset_environment(plain))
+            resolved = OmegaConf.to_container(written_out, resolve=True, throw_on_missing=True)
     except InterpolationResolutionError as error:
-        raise ConfigError(error.full_key or name, f"cannot resolve the interpolation: {_first_line(error)}") from error
+        raise _unresolved(error, plain, name) from error
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{name}.yaml", f"cannot be composed: {_compact(error)}") from error
     finally:
@@ -83,6 +90,50 @@ def compose_config(directory: Path, config_name: str, overrides: Sequence[str]) 
     own = set(primary)
     own |= {re.split(r"[.=]", override.lstrip("+~"), maxsplit=1)[0] for override in overrides}
     return Composed(values, frozenset(_references(plain)), frozenset(values) - own)
+
+
+def unset_environment(values: Any, path: str = "") -> dict[str, str]:
+    """Settings that still name an environment variable, because it is not set: path to the variable's name.
+
+    A plan does not need a key for a service; the run does.
+    """
+    found: dict[str, str] = {}
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            found |= unset_environment(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(values, (list, tuple)):
+        for index, value in enumerate(values):
+            found |= unset_environment(value, f"{path}[{index}]")
+    elif isinstance(values, str) and (named := _ENVIRONMENT.search(values)):
+        found[path] = named[1]
+    return found
+
+
+def _keep_unset_environment(value: Any) -> Any:
+    """Escape the variables that are not set and have no default, so that resolving leaves them as they are written."""
+    if isinstance(value, dict):
+        return {key: _keep_unset_environment(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_keep_unset_environment(item) for item in value]
+    if isinstance(value, str):
+        return _ENVIRONMENT.sub(lambda found: found[0] if found[1] in os.environ else "\\" + found[0], value)
+    return value
+
+
+def _unresolved(error: InterpolationResolutionError, plain: Any, name: str) -> ConfigError:
+    """Name the misspelled key when an interpolation finds nothing: it stands elsewhere than the interpolation."""
+    missing = _MISSING.search(str(error))
+    parts = missing[1].split(".") if missing else []
+    if parts and isinstance(plain, Mapping) and parts[0] not in plain:
+        for wanted in (parts[0], "defaults"):
+            for key in plain:
+                if wanted not in plain and key not in top_level_names() and one_edit_apart(str(key), wanted):
+                    return ConfigError(str(key), f"unknown key; did you mean {wanted!r}? {error.full_key} needs it")
+    around = plain
+    for part in parts[:-1]:
+        around = around.get(part) if isinstance(around, Mapping) else None
+    hint = did_you_mean(parts[-1], around) if isinstance(around, Mapping) else ""
+    return ConfigError(error.full_key or name, f"cannot resolve the interpolation: {_first_line(error)}{hint}")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from roll_opd.configs.checks import roles_of
 from roll_opd.configs.data_args import DataArguments
 from roll_opd.configs.loader import LoadedConfig
 from roll_opd.configs.pipeline_config import PipelineConfig, RLVRConfig
-from roll_opd.configs.worker_config import TeacherConfig, WorkerConfig
+from roll_opd.configs.worker_config import WorkerConfig
 from roll_opd.errors import ConfigError
 
 # Whoever makes a strategy or a value run adds it here, and its refusal disappears.
@@ -22,20 +22,13 @@ RUNNABLE_STRATEGIES: dict[str, tuple[str, ...]] = {
     "actor_train": ("fsdp2_train",),
     "actor_infer": ("hf_infer",),
     "teacher": ("hf_infer",),
+    "reference": ("hf_infer",),
+    "critic": ("fsdp2_train",),
 }
 RUNNABLE_PIPELINES = ("rlvr",)
-RUNNABLE_MODES = ("pure_opd",)
-RUNNABLE_OBJECTIVE: dict[str, tuple[str | None, ...]] = {
-    "objective": ("policy_gradient",),
-    "support": ("sampled",),
-    "base_model": (None,),
-}
 # Fields of the pipeline that must keep their default until someone implements them.
 NOT_YET = [
     "async_generation_ratio",
-    "importance_sampling",
-    "train_infer_correction",
-    "is_use_additional_prompts",
     "dataset_filter",
     "use_policy_loss_type",
     "rl_loss_coef",
@@ -47,9 +40,6 @@ NOT_YET = [
     "add_len_reward",
     "difficulty_loss_weight",
     "length_loss_weight",
-    "max_len_mask",
-    "difficulty_mask",
-    "error_max_len_clip",
     "rollout_dump_dir",
 ]
 NOT_YET_MODEL = [
@@ -100,26 +90,13 @@ def launch_blockers(loaded: LoadedConfig) -> list[ConfigError]:
     """Everything in ``loaded`` that this version cannot run, each with the nearest value that it can."""
     config, names = loaded.config, loaded.yaml_names
     found: list[ConfigError] = []
-    if config.mode not in RUNNABLE_MODES:
-        field = "use_opd" if config.mode == "mixed_opd" else ""
-        found.append(ConfigError(field, f"mode {config.mode} {_SUFFIX}; start start_onpolicy_distill_pipeline.py"))
     if config.pipeline not in RUNNABLE_PIPELINES:
         field = "pure_opd_pipeline_type" if config.is_pure_opd else "pipeline"
         found.append(ConfigError(field, f"{config.pipeline!r} {_SUFFIX}; use rlvr"))
-    if len(config.teachers) > 1:
-        found.append(ConfigError("teacher", f"{len(config.teachers)} teachers: more than one {_SUFFIX}; keep one"))
     found += _strategies(loaded)
-    for key, values in RUNNABLE_OBJECTIVE.items():
-        given = getattr(config.opd_args, key)
-        if given not in values:
-            found.append(ConfigError(f"opd_args.{key}", f"{given!r} {_SUFFIX}; use {' or '.join(map(repr, values))}"))
-    if config.teachers and config.kl_penalty != "kl":
-        found.append(ConfigError("kl_penalty", f"{config.kl_penalty!r} {_SUFFIX}; use 'kl'"))
     found += _changed(config, NOT_YET, "")
     for path, worker in roles_of(config, names).items():
         found += _changed(worker, NOT_YET_WORKER, path)
-        if isinstance(worker, TeacherConfig):
-            found += _changed(worker.teacher_args, ["context_template"], f"{path}.teacher_args")
         found += _changed(worker.model_args, NOT_YET_MODEL, f"{path}.model_args")
         found += _backend_settings(worker, path)
     found += _changed(config.actor_infer.generating_args, NOT_YET_GENERATING, f"{names['actor_infer']}.generating_args")
@@ -133,6 +110,8 @@ def launch_blockers(loaded: LoadedConfig) -> list[ConfigError]:
             found.append(ConfigError(f"{path}.domain_interleave_probs", problem))
     for name, reward in config.rewards.items():
         found += _changed(reward, NOT_YET_REWARD, f"rewards.{name}")
+        if reward.response_filter_config.type != "no_filter" and config.mode != "pure_opd":
+            found.append(ConfigError(f"rewards.{name}.response_filter_config", f"{_SUFFIX}; remove it"))
         if reward.device_mapping is not None:
             problem = f"a reward on GPUs {_SUFFIX}; remove it: rewards run in world_size CPU processes"
             found.append(ConfigError(f"rewards.{name}.device_mapping", problem))
@@ -187,9 +166,9 @@ def _strategies(loaded: LoadedConfig) -> list[ConfigError]:
     jobs = {names["actor_train"]: "actor_train", names["actor_infer"]: "actor_infer"}
     found = []
     for path, worker in roles_of(config, names).items():
-        if path in ("reference", "critic"):
+        if path == "reference" and not config.needs_reference:
             continue
-        runnable = RUNNABLE_STRATEGIES[jobs.get(path, "teacher")]
+        runnable = RUNNABLE_STRATEGIES[jobs.get(path, path if path in RUNNABLE_STRATEGIES else "teacher")]
         assert worker.strategy_args is not None
         strategy = worker.strategy_args.strategy_name
         if strategy not in runnable:

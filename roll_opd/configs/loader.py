@@ -13,6 +13,7 @@ from roll_opd.configs.builder import Builder
 from roll_opd.configs.checks import check_config
 from roll_opd.configs.composition import compose_config, find_config_dir
 from roll_opd.configs.masking import without_secrets
+from roll_opd.configs.opd_checks import with_alias_resolved
 from roll_opd.configs.pipeline_config import PipelineConfig, RLVRConfig
 from roll_opd.configs.resolve import resolve
 from roll_opd.configs.roles import map_roles, teacher_key
@@ -81,6 +82,7 @@ def _build(raw: Mapping[str, Any], launcher: str, variables: frozenset[str], inc
         warnings.append(f"unknown settings without effect: {', '.join(builder.tolerated)}")
     config = resolve(config, mapped.raw, mapped.yaml_names, warnings)
     check_config(config, mapped.raw, mapped.yaml_names, warnings)
+    config = with_alias_resolved(config, mapped.raw)
     return LoadedConfig(config, warnings, mapped.yaml_names)
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from roll_opd.configs.field_spec import ranged
 
+Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
 Support = Literal["sampled", "teacher_topk", "student_topk", "union_topk", "full"]
 
 
@@ -17,7 +18,7 @@ class OPDArguments:
     objective: Literal["policy_gradient", "direct"] = "policy_gradient"
     """`policy_gradient`: the teacher's score is the advantage of the sampled token. `direct`: the divergence is the
     loss and is back-propagated."""
-    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    divergence: Divergence = "reverse_kl"
     """Divergence between student and teacher at each position; reverse KL is the mode-seeking one that OPD uses."""
     support: Support = "sampled"
     """Tokens the divergence is taken over: the sampled one, a top-k set, or the whole vocabulary."""
@@ -37,5 +38,19 @@ class OPDArguments:
     """How several teachers of one sample combine; `mean` divides by the number that matched."""
     uncovered: Literal["error", "skip", "reward_only"] = "error"
     """What happens to a tag that no teacher covers; `reward_only` needs an external reward."""
+    trust_region: float | None = ranged(None, gt=0)
+    """Leave tokens out of the teacher's term whose absolute log-ratio is above this, in nats; null: none."""
+    entropy_keep: float | None = ranged(None, gt=0, le=1)
+    """Share of a batch's tokens that the teacher's term keeps: those where the student is least sure; null: all."""
+    position_weight: Literal["none", "linear", "exponential", "prefix"] = "none"
+    """How the teacher's term fades with the position in the response; `prefix` keeps the first tokens alone."""
+    position_scale: float = ranged(256.0, gt=0)
+    """Tokens over which `position_weight` fades (exponential: to 1/e; linear: to 0; prefix: how many are kept)."""
+    coef_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How every teacher's coefficient moves over the run, from itself to `coef_end` times itself."""
+    coef_end: float = ranged(0.0, ge=0)
+    """Factor on the coefficients at the end of the run, for schedules other than `constant`."""
     base_model: str | None = None
     """Model that the teacher was made from, for reward extrapolation; null: off."""
+    extrapolation: float = ranged(1.0, gt=0)
+    """Factor on what the teacher learned beyond `base_model`; 1 is plain distillation, above 1 goes beyond it."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-from roll_opd.configs.opd_args import OPDArguments
+from roll_opd.configs.opd_args import Divergence, OPDArguments, Support
 from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.configs.roles import teacher_key
 from roll_opd.errors import ConfigError
 
+P = TypeVar("P", bound=PipelineConfig)
 # What an inference engine reports: the sampled token and its own top-k, never a whole row or somebody else's set.
 ENGINE_SUPPORTS = ("sampled", "teacher_topk")
 
@@ -20,8 +21,8 @@ class Estimator:
     """An objective as the pipeline computes it, after ROLL's ``kl_penalty`` has been read as an alias."""
 
     objective: str
-    divergence: str
-    support: str
+    divergence: Divergence
+    support: Support
 
 
 def effective_estimator(config: PipelineConfig, explicit_kl_penalty: bool) -> Estimator:
@@ -45,6 +46,9 @@ def check_opd(config: PipelineConfig, raw: Mapping[str, Any], names: Mapping[str
     _check_objective(args, effective_estimator(config, explicit), user, config.mode, warnings)
     _check_logprob_source(config, names)
     _check_teachers(config, effective_estimator(config, explicit), names)
+    _check_self_teachers(config, names)
+    if config.mode == "mixed_opd":
+        _check_mixed(config, warnings)
 
 
 def _check_kl_penalty(config: PipelineConfig, user: Mapping[str, Any]) -> None:
@@ -93,11 +97,80 @@ def _check_objective(
         raise ConfigError("opd_args.uncovered", f"{problem}; use error or skip")
     if mode == "pure_opd" and args.apply_to == "reward":
         warnings.append("opd_args.apply_to: 'reward' and 'advantage' are the same in pure distillation (discount 0)")
+    if args.entropy_keep is not None and args.student_logprob_source == "infer":
+        problem = "needs the student's entropies, which a trainer forward gives and the sampling engine does not"
+        raise ConfigError("opd_args.entropy_keep", f"{problem}; use student_logprob_source: train")
+    _check_extrapolation(args, estimator)
+    idle = [
+        ("position_scale", args.position_weight == "none", "position_weight none"),
+        ("coef_end", args.coef_schedule == "constant", "coef_schedule constant"),
+        ("log_ratio_clip", estimator.support != "sampled", f"support {estimator.support}"),
+    ]
+    for key, without_effect, where in idle:
+        if key in user and without_effect:
+            warnings.append(f"opd_args.{key}: has no effect with {where}")
     if "jsd_beta" in user and estimator.divergence != "jsd":
         warnings.append(f"opd_args.jsd_beta: has no effect with divergence {estimator.divergence}")
     for key in ("top_k", "add_tail"):
         if key in user and not estimator.support.endswith("topk"):
             warnings.append(f"opd_args.{key}: has no effect with support {estimator.support}")
+
+
+def _check_extrapolation(args: OPDArguments, estimator: Estimator) -> None:
+    if args.base_model is None:
+        if args.extrapolation != 1.0:
+            problem = f"{args.extrapolation:g} goes beyond the teacher, away from the model it was made from"
+            raise ConfigError("opd_args.extrapolation", f"{problem}; name that model in opd_args.base_model")
+        return
+    if estimator != Estimator("policy_gradient", "reverse_kl", "sampled"):
+        problem = "reward extrapolation is a log-ratio of the sampled token"
+        fix = "use objective: policy_gradient, divergence: reverse_kl, support: sampled, or remove base_model"
+        raise ConfigError("opd_args.base_model", f"{problem}; {fix}")
+    if args.extrapolation == 1.0:
+        problem = "is loaded for nothing with extrapolation 1, where it drops out of the log-ratio"
+        raise ConfigError("opd_args.base_model", f"{problem}; set opd_args.extrapolation above 1, or remove it")
+
+
+def _check_mixed(config: PipelineConfig, warnings: list[str]) -> None:
+    """Rules of the mixed mode: what takes the reference's place, and what the discount does to the teacher's term."""
+    for key, on in (("use_kl_loss", config.use_kl_loss and config.kl_loss_coef > 0),
+                    ("add_token_level_kl", config.add_token_level_kl)):  # fmt: skip
+        if on:
+            problem = "needs a reference, whose place the teacher has taken"
+            raise ConfigError(key, f"{problem}; remove it: the teacher's term is opd_kl_coef's")
+    if config.opd_args.apply_to != "reward":
+        return
+    if config.gamma > 0:
+        warnings.append(
+            f"opd_args.apply_to: 'reward' sums the teacher's log-ratio over the rest of the response (gamma "
+            f"{config.gamma:g}), so its weight against the reward grows with length"
+        )
+    if config.whiten_advantages or config.whiten_rewards or config.adv_estimator == "reinforce++":
+        warnings.append(
+            "opd_args.apply_to: 'reward' lets whitening rescale the teacher's term; rl/penalty_scale says by how much"
+        )
+
+
+def _check_self_teachers(config: PipelineConfig, names: Mapping[str, str]) -> None:
+    for name, teacher in config.teachers.items():
+        path, args = f"{names[teacher_key(name)]}.teacher_args", teacher.teacher_args
+        if args.self_teacher is None or args.context_template is not None:
+            continue
+        if args.self_teacher == "live":
+            problem = "'live' without a context_template is the student itself, and its signal zero"
+            raise ConfigError(f"{path}.self_teacher", f"{problem}; give it a context_template")
+        if config.mode == "pure_opd":
+            problem = f"'{args.self_teacher}' without a context_template only pulls the student back to where it was"
+            raise ConfigError(f"{path}.self_teacher", f"{problem}; give it a context_template")
+
+
+def with_alias_resolved(config: P, raw: Mapping[str, Any]) -> P:
+    """Write ROLL's ``kl_penalty``, where it stands for the objective, into ``opd_args``."""
+    if not config.teachers:
+        return config
+    estimator = effective_estimator(config, raw.get("kl_penalty") is not None)
+    args = replace(config.opd_args, divergence=estimator.divergence, support=estimator.support)
+    return replace(config, opd_args=args)
 
 
 def _check_logprob_source(config: PipelineConfig, names: Mapping[str, str]) -> None:

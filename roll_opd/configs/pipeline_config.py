@@ -146,13 +146,19 @@ class PipelineConfig(BaseConfig, DataClassJsonMixin):
     kl_penalty: Literal["kl", "abs", "mse", "k3", "full"] = "kl"
     """Estimator of KL-to-reference without a teacher; with one, ROLL's name for `opd_args.divergence` and `support`."""
     init_kl_coef: float = ranged(0.2, ge=0)
-    """Weight of the token-level KL reward."""
+    """Weight of the token-level KL reward, at the start if it adapts."""
+    target_kl: float | None = ranged(None, gt=0)
+    """KL to the reference, in nats per token, that the weight of the KL reward adapts to; null: the weight is fixed."""
+    kl_horizon: int = ranged(10000, ge=1)
+    """Samples over which the weight of the KL reward adapts."""
     add_token_level_kl: bool = False
     """Subtract KL-to-reference from each token's reward."""
     use_kl_loss: bool = False
     """Add KL-to-reference to the loss."""
     kl_loss_coef: float = ranged(0.0, ge=0)
     """Weight of the KL loss."""
+    kl_loss_type: Literal["k2", "k3"] = "k3"
+    """Estimator of the KL loss on the sampled token: k3 (ROLL's; gradient of the forward KL) or k2 (the reverse KL)."""
     entropy_loss_coef: float = ranged(0.0, ge=0)
     """Weight of the entropy bonus."""
     value_clip: float | None = ranged(None, gt=0)
@@ -168,6 +174,12 @@ class PipelineConfig(BaseConfig, DataClassJsonMixin):
         if self.is_pure_opd:
             return "pure_opd"
         return "mixed_opd" if self.use_opd else "rl"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether something of the signal is a distance to the frozen ``reference``."""
+        in_loss = self.use_kl_loss and self.kl_loss_coef > 0
+        return not self.teachers and (in_loss or self.add_token_level_kl)
 
     def teacher_coef(self, name: str) -> float:
         """Weight of the teacher ``name``: its own, else the pipeline's, else 1."""

@@ -10,7 +10,7 @@ from roll_opd.configs.generating_args import GeneratingArguments
 from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.configs.roles import teacher_key
 from roll_opd.configs.strategy_args import StrategyArguments, StrategyName
-from roll_opd.configs.worker_config import WorkerConfig
+from roll_opd.configs.worker_config import TeacherConfig, WorkerConfig
 from roll_opd.errors import ConfigError
 
 P = TypeVar("P", bound=PipelineConfig)
@@ -108,6 +108,8 @@ def _model_paths(config: P, names: Mapping[str, str]) -> P:
         path = f"{names['actor_train']}.model_args.model_name_or_path"
         raise ConfigError(path, "no model: set it here, or set 'pretrain' for both roles of the student")
     config = replace(config, actor_train=_with_model(train, fallback), actor_infer=_with_model(infer, fallback))
+    teachers = {n: _as_student(t, fallback, names[teacher_key(n)]) for n, t in config.teachers.items()}
+    config = replace(config, teachers=teachers)
     for name, teacher in config.teachers.items():
         if not teacher.model_args.model_name_or_path:
             path = f"{names[teacher_key(name)]}.model_args.model_name_or_path"
@@ -119,6 +121,20 @@ def _model_paths(config: P, names: Mapping[str, str]) -> P:
     if config.critic is not None:
         config = replace(config, critic=_with_model(config.critic, config.reward_pretrain or fallback))
     return config
+
+
+def _as_student(teacher: TeacherConfig, student: str, path: str) -> TeacherConfig:
+    """Give a self-teacher the student's model; one that follows the student cannot be another."""
+    kind, given = teacher.teacher_args.self_teacher, teacher.model_args.model_name_or_path
+    if kind is None:
+        return teacher
+    if given not in (None, student):
+        problem = f"{given!r} is not the student ({student!r}), which teacher_args.self_teacher: {kind} says it is"
+        raise ConfigError(f"{path}.model_args.model_name_or_path", f"{problem}; remove one of the two")
+    if kind == "ema" and teacher.model_args.dtype != "fp32":
+        problem = f"a moving average in {teacher.model_args.dtype} loses small updates"
+        raise ConfigError(f"{path}.model_args.dtype", f"{problem}; use fp32, or self_teacher: live or frozen")
+    return replace(teacher, model_args=replace(teacher.model_args, model_name_or_path=student))
 
 
 def _with_model(worker: W, fallback: str) -> W:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from roll_opd.configs.agentic_config import AgenticConfig
-from roll_opd.configs.builder import did_you_mean, field_types
+from roll_opd.configs.builder import did_you_mean, field_types, of_other_pipeline, one_edit_apart
+from roll_opd.configs.composition import unset_environment
 from roll_opd.configs.pipeline_config import RLVRConfig
-from roll_opd.configs.roll_compat import ignored_keys
+from roll_opd.configs.roll_compat import OTHER_PIPELINES, PRIVATE_TRACKERS, ignored_keys
 from roll_opd.configs.worker_config import TeacherConfig
 from roll_opd.errors import ConfigError
 
@@ -40,6 +41,8 @@ class MappedRoles:
     """Canonical path prefix to the path in the YAML, for messages."""
     warnings: list[str] = field(default_factory=list)
     """What the user should know about the mapping."""
+    planned: dict[str, str] = field(default_factory=dict)
+    """What a plan accepts and a launch cannot do: path to reason."""
 
 
 def map_roles(user: Mapping[str, Any], launcher: str) -> MappedRoles:
@@ -52,18 +55,68 @@ def map_roles(user: Mapping[str, Any], launcher: str) -> MappedRoles:
         if key in user:
             raise ConfigError(key, f"unknown key{'; ' + advice if advice else ''}")
     mapped = MappedRoles({key: value for key, value in user.items() if key not in ("hydra", "defaults")})
+    _misspelled_roles(mapped.raw, launcher)
     # A role that is present but null is not configured.
     for role in (*STUDENT_ROLES, *STUDENT_ROLES.values(), "teacher", "reference", "critic"):
         if mapped.raw.get(role, ...) is None or mapped.raw.get(role) == {}:
             del mapped.raw[role]
     pure, mixed = _switches(mapped, launcher)
+    if launcher == "agentic" and not pure:
+        _rollouts_alone(mapped)
     _student_roles(mapped, pure)
     _teacher_role(mapped, pure, mixed)
     mapped.raw["pipeline"] = _pipeline(mapped.raw, launcher, pure)
+    if not pure:
+        _critic_of_roll(mapped)
     for role in ("critic", "reference"):
         if role in mapped.raw:
             mapped.yaml_names.setdefault(role, role)
+    _what_is_missing_here(mapped)
     return mapped
+
+
+def _misspelled_roles(raw: Mapping[str, Any], launcher: str) -> None:
+    """Report the typo in the name of a role or switch itself, before what follows from its absence."""
+    pure = launcher == "onpolicy_distill" or raw.get("is_pure_opd") is True
+    needed = [*(STUDENT_ROLES if pure else STUDENT_ROLES.values()), "teacher", "use_opd", "is_pure_opd"]
+    for name in (*needed, "pure_opd_pipeline_type"):
+        for key in raw:
+            if name not in raw and key not in _KNOWN and one_edit_apart(str(key), name):
+                raise ConfigError(str(key), f"unknown key; did you mean {name!r}?")
+    for key in OTHER_PIPELINES:
+        if key in raw and not all(role in raw for role in needed[:2]):
+            raise of_other_pipeline(key)
+
+
+def _rollouts_alone(mapped: MappedRoles) -> None:
+    """ROLL has a launcher that samples episodes and trains nothing; its files load for a plan."""
+    if "actor_infer" in mapped.raw and "actor_train" not in mapped.raw:
+        mapped.raw["actor_train"] = {}
+        if mapped.raw.get("adv_estimator") is None:
+            mapped.raw["adv_estimator"] = "reinforce"
+        mapped.planned["actor_train"] = "is missing, and rollouts without training are planned only"
+
+
+def _critic_of_roll(mapped: MappedRoles) -> None:
+    """ROLL has a critic in every config. It is `reward_pretrain` on nothing when the YAML does not configure it."""
+    raw = mapped.raw
+    if raw.get("adv_estimator") == "gae" and "critic" not in raw and raw.get("reward_pretrain") is not None:
+        raw["critic"] = {}
+        mapped.planned["critic"] = "is missing, and adv_estimator gae needs one; without it reward_pretrain is planned"
+
+
+def _what_is_missing_here(mapped: MappedRoles) -> None:
+    """Trackers and environment variables that this machine does not have: a plan goes on without them."""
+    trackers = mapped.raw.get("track_with")
+    names = [trackers] if isinstance(trackers, str) else trackers
+    if isinstance(names, list) and any(name in PRIVATE_TRACKERS for name in names):
+        kept = [name for name in names if name not in PRIVATE_TRACKERS] or ["tensorboard"]
+        mapped.raw["track_with"] = kept
+        private = ", ".join(name for name in names if name in PRIVATE_TRACKERS)
+        mapped.warnings.append(f"track_with: {private} is internal to ROLL's makers; {', '.join(kept)} is used")
+    for path, name in unset_environment(mapped.raw).items():
+        mapped.planned[path] = f"environment variable {name} is not set"
+    mapped.warnings += [f"{path}: {reason}" for path, reason in mapped.planned.items()]
 
 
 def _switches(mapped: MappedRoles, launcher: str) -> tuple[bool, bool]:

@@ -68,7 +68,13 @@ class TeacherArguments:
     """What the teacher sees besides the student's tokens."""
 
     context_template: str | None = None
-    """Jinja text of a prompt for the teacher that may use the row's fields (self-distillation); null: the student's."""
+    """Jinja text that replaces the last user message for the teacher alone; it may use the row's fields, such as
+    `{{ prompt }}`, `{{ ground_truth }}` and `{{ hint }}`. Null: the student's own prompt."""
+    self_teacher: Literal["frozen", "ema", "live"] | None = None
+    """The teacher is the student itself: as it was at the start, a moving average of it, or as it is. Null: a model of
+    its own."""
+    ema_decay: float = ranged(0.99, ge=0, lt=1)
+    """Share of the old weights that an `ema` teacher keeps at each step."""
 
 
 @dataclass(frozen=True)

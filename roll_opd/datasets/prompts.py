@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from roll_opd.datasets.rows import Row
+from roll_opd.datasets.row import Row
 from roll_opd.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 _BATCH = 1024
 """Texts handed to the tokenizer at once: enough for its speed, without a second copy of a large data set."""
@@ -49,7 +46,7 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class PromptReport:
-    """What became of the rows: ``rows == used + dropped_overlong``."""
+    """What became of the rows: ``rows == used + dropped_overlong``. The caller logs it."""
 
     rows: int
     used: int
@@ -60,6 +57,11 @@ class PromptReport:
 
     def __post_init__(self) -> None:
         assert self.rows == self.used + self.dropped_overlong, f"prompt counts do not add up: {self}"
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every row is used; the report of a set that is not complete is worth a warning."""
+        return self.dropped_overlong == 0
 
     def __str__(self) -> str:
         return (
@@ -100,11 +102,7 @@ def encode_prompts(
     """
     if prompt_length < 1:
         raise ValueError(f"prompt_length must be at least 1, not {prompt_length}")
-    kwargs = dict(chat_template_kwargs or {})
-    if reserved := sorted(_RESERVED & kwargs.keys()):
-        raise ValueError(
-            f"chat_template_kwargs: {', '.join(reserved)} cannot be set; only the template's variables can"
-        )
+    kwargs = check_template_kwargs(chat_template_kwargs)
     if not rows:
         raise DataError("there are no rows to make prompts of")
     if apply_chat_template and not tokenizer.chat_template and "chat_template" not in kwargs:
@@ -117,23 +115,21 @@ def encode_prompts(
     longest = 0
     for start in range(0, len(rows), _BATCH):
         batch = rows[start : start + _BATCH]
-        texts = [_render(row, tokenizer, kwargs) if apply_chat_template else _bare(row) for row in batch]
         # Rendering first and tokenising the text is what apply_chat_template(tokenize=True) does inside; this way the
         # text is at hand, and nothing depends on whether a transformers version returns a list or a dict there.
-        encoded = tokenizer(
-            texts,
-            add_special_tokens=not apply_chat_template,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            verbose=False,  # its remark on the model's own maximum length; prompt_length decides here
-        )["input_ids"]
+        texts = [
+            render_chat(row, row.messages or ({"role": "user", "content": row.prompt},), tokenizer, kwargs)
+            if apply_chat_template
+            else _bare(row)
+            for row in batch
+        ]
+        encoded = tokenize(texts, tokenizer, add_special_tokens=not apply_chat_template)
         for row, text, token_ids in zip(batch, texts, encoded, strict=True):
             if not token_ids:
                 raise DataError(f"{row.where}: the prompt gives no tokens")
             longest = max(longest, len(token_ids))
             if len(token_ids) <= prompt_length:
-                prompts.append(Prompt(row=row, token_ids=tuple(token_ids), text=text))
+                prompts.append(Prompt(row=row, token_ids=token_ids, text=text))
 
     report = PromptReport(rows=len(rows), used=len(prompts), dropped_overlong=len(rows) - len(prompts), longest=longest)
     if not prompts:
@@ -141,22 +137,77 @@ def encode_prompts(
             f"{rows[0].file}: all {len(rows)} prompts are longer than prompt_length {prompt_length} (the longest has "
             f"{longest} tokens); raise prompt_length, or use shorter prompts"
         )
-    level = logging.WARNING if report.dropped_overlong else logging.INFO
-    logger.log(level, "%s; prompt_length is %d", report, prompt_length)
     return prompts, report
 
 
-def _render(row: Row, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> str:
-    """The row's conversation as the chat template writes it, ending where the student begins."""
+def check_template_kwargs(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The arguments of a chat template, as a copy.
+
+    Raises:
+        ValueError: one of them is ours to set.
+    """
+    kwargs = dict(kwargs or {})
+    if reserved := sorted(_RESERVED & kwargs.keys()):
+        raise ValueError(
+            f"chat_template_kwargs: {', '.join(reserved)} cannot be set; only the template's variables can"
+        )
+    return kwargs
+
+
+def render_chat(
+    row: Row,
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    kwargs: Mapping[str, Any],
+    add_generation_prompt: bool = True,
+) -> str:
+    """A conversation as the chat template writes it, ending where the student begins.
+
+    Args:
+        row: the row that it belongs to, for the message.
+        messages: the conversation.
+        tokenizer: has the chat template.
+        kwargs: see :func:`check_template_kwargs`.
+        add_generation_prompt: false ends with the last message.
+
+    Raises:
+        DataError: the template refuses the conversation.
+    """
     from jinja2.exceptions import TemplateError  # what templates fail with; only needed where one is used
 
-    messages = [dict(message) for message in row.messages or ({"role": "user", "content": row.prompt},)]
+    copies = [dict(message) for message in messages]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kwargs)
+        text = tokenizer.apply_chat_template(
+            copies, tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs
+        )
     except TemplateError as error:
         raise DataError(f"{row.where}: the tokenizer's chat template refuses this row: {error}") from error
     assert isinstance(text, str)
     return text
+
+
+def tokenize(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool
+) -> list[tuple[int, ...]]:
+    """The tokens of each text, all of them.
+
+    Args:
+        texts: rendered templates, which hold their special tokens already, or bare prompts.
+        tokenizer: a Hugging Face tokenizer.
+        add_special_tokens: add what the tokenizer adds to any text.
+    """
+    out: list[tuple[int, ...]] = []
+    for start in range(0, len(texts), _BATCH):
+        encoded = tokenizer(
+            list(texts[start : start + _BATCH]),
+            add_special_tokens=add_special_tokens,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            verbose=False,  # its remark on the model's own maximum length, which is not what decides
+        )
+        out += [tuple(token_ids) for token_ids in encoded["input_ids"]]
+    return out
 
 
 def _bare(row: Row) -> str:

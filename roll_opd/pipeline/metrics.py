@@ -27,7 +27,7 @@ def reverse_kl(trajectories: Iterable[Trajectory], teacher: str, source: str = "
 def opd_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Reverse KL by teacher, tag and position; log-probabilities; advantages. Needs ``old_logprobs``."""
     metrics: dict[str, float] = {}
-    names = sorted({name for t in trajectories for name in t.teacher_scores})
+    names = sorted({name for t in trajectories for name in t.teachers})
     every: list[np.ndarray] = []
     by_tag: dict[str, list[np.ndarray]] = {}
     by_bucket: dict[int, list[np.ndarray]] = {}

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
 
 from roll_opd.configs.loader import LoadedConfig
 from roll_opd.configs.pipeline_config import PipelineConfig
-from roll_opd.configs.worker_config import WorkerConfig
+from roll_opd.configs.worker_config import TeacherArguments, TeacherConfig, WorkerConfig
 from roll_opd.distributed.cluster import Cluster
 from roll_opd.distributed.placement import Placement, cpu_threads, usable_cores
 from roll_opd.distributed.runtime import get
+from roll_opd.distributed.strategy.base import SAMPLED_ONLY, ScoreWant
 from roll_opd.pipeline.batching import mini_batch_size
 from roll_opd.pipeline.reward_pool import RewardPool
 from roll_opd.pipeline.reward_worker import RewardWorkerActor
 from roll_opd.pipeline.teacher_pool import TeacherPool
 from roll_opd.pipeline.workers import InferWorker, TrainWorker
+from roll_opd.trajectory import BASE_MODEL, REFERENCE
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +31,40 @@ def updates_per_step(config: PipelineConfig) -> int:
     return config.ppo_epochs * -(-trajectories // size)
 
 
+def scorers_of(config: PipelineConfig) -> dict[str, TeacherConfig]:
+    """Everything that scores the student's tokens: teachers, or the reference of a run without; and a base model."""
+    scorers = dict(config.teachers)
+    if config.reference is not None and config.needs_reference:
+        worker = {f.name: getattr(config.reference, f.name) for f in dataclasses.fields(WorkerConfig)}
+        scorers[REFERENCE] = TeacherConfig(**worker)
+    if config.opd_args.base_model is not None and config.teachers:
+        like = next(iter(config.teachers.values()))
+        model = dataclasses.replace(like.model_args, model_name_or_path=config.opd_args.base_model)
+        scorers[BASE_MODEL] = dataclasses.replace(
+            like, model_args=model, tag_included=[], teacher_args=TeacherArguments()
+        )
+    return scorers
+
+
+def want_of(config: PipelineConfig) -> ScoreWant:
+    """What the objective needs to know of a teacher besides the sampled token's log-probability."""
+    args = config.opd_args
+    if args.objective != "direct":
+        return SAMPLED_ONLY
+    return ScoreWant(
+        top_k=args.top_k if args.support in ("teacher_topk", "union_topk") else 0,
+        given=args.support in ("student_topk", "union_topk"),
+        hidden=args.support == "full",
+    )
+
+
 class RoleClusters:
     """The clusters of one run.
 
     Attributes:
         train: the student's trainer.
         infer: the student's generator.
-        teachers: name -> cluster.
+        scorers: name -> cluster of each teacher, of the reference, of the base model.
         teacher_pool: scores trajectories.
         reward_pool: grades them.
 
@@ -47,9 +77,10 @@ class RoleClusters:
         self.config = config = loaded.config
         self.yaml_names = dict(loaded.yaml_names)
         models: dict[str, WorkerConfig] = {"actor_train": config.actor_train, "actor_infer": config.actor_infer}
-        for name, teacher in config.teachers.items():
-            models[f"teacher-{name}"] = teacher
-            self.yaml_names[f"teacher-{name}"] = loaded.teacher_yaml_name(name)
+        self.scorer_configs = scorers_of(config)
+        for name, scorer in self.scorer_configs.items():
+            models[f"teacher-{name}"] = scorer
+            self.yaml_names[f"teacher-{name}"] = _yaml_name(loaded, name)
         phases = {role: "train" if role == "actor_train" else "rollout" for role in models}
         threads = cpu_threads(models, phases, usable_cores())
         self.placement = Placement(models, self.yaml_names)
@@ -66,14 +97,17 @@ class RoleClusters:
 
         self.train = cluster("actor_train", TrainWorker)
         self.infer = cluster("actor_infer", InferWorker)
-        self.teachers = {name: cluster(f"teacher-{name}", InferWorker) for name in config.teachers}
+        self.scorers = {name: cluster(f"teacher-{name}", InferWorker) for name in self.scorer_configs}
         self.rewards = {
             name: Cluster(f"reward-{name}", reward, RewardWorkerActor, threads=1, **shared)
             for name, reward in config.rewards.items()
         }
         logger.info("threads per process: %s", ", ".join(f"{role} {n}" for role, n in threads.items()))
         self._setup()
-        self.teacher_pool = TeacherPool({n: (config.teachers[n], c.workers) for n, c in self.teachers.items()})
+        self.teacher_pool = TeacherPool(
+            {name: (self.scorer_configs[name], c.workers) for name, c in self.scorers.items()},
+            dict.fromkeys(config.teachers, want_of(config)),
+        )
         self.reward_pool = RewardPool({n: (config.rewards[n], c.workers) for n, c in self.rewards.items()})
 
     def _setup(self) -> None:
@@ -90,9 +124,10 @@ class RoleClusters:
         )
         pending += self.infer.start_all("setup", self.yaml_names["actor_infer"], config.actor_infer, student, True)
         teachers_generate = config.validation is not None and config.validation.teacher_accuracy
-        for name, cluster in self.teachers.items():
+        for name, cluster in self.scorers.items():
             yaml_name = self.yaml_names[f"teacher-{name}"]
-            pending += cluster.start_all("setup", yaml_name, config.teachers[name], student, teachers_generate)
+            generates = teachers_generate and name in config.teachers
+            pending += cluster.start_all("setup", yaml_name, self.scorer_configs[name], student, generates)
         for name, cluster in self.rewards.items():
             reward = config.rewards[name]
             pending += cluster.start_all("setup", name, reward.worker_cls, reward)
@@ -103,6 +138,13 @@ class RoleClusters:
         for cluster in self.rewards.values():
             # Rewards own processes themselves; those notice their parent's death, but asking is faster.
             cluster.start_all("close")
-        for cluster in [*self.rewards.values(), *self.teachers.values(), self.infer, self.train]:
+        for cluster in [*self.rewards.values(), *self.scorers.values(), self.infer, self.train]:
             cluster.stop()
         self.placement.release()
+
+
+def _yaml_name(loaded: LoadedConfig, scorer: str) -> str:
+    """The scorer's place in the YAML, for messages."""
+    if scorer == BASE_MODEL:
+        return "opd_args.base_model"
+    return REFERENCE if scorer == REFERENCE else loaded.teacher_yaml_name(scorer)

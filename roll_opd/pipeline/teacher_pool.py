@@ -1,11 +1,14 @@
-"""Who scores what: tag -> teachers, least-loaded replica, deadline, retry on another one, failure budget."""
+"""Who scores what: tag -> teachers, least-loaded replica, deadline, retry on another one, failure budget.
+
+A reference policy and a base model are scorers like any teacher; what their scores are used for is not decided here.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTa
 
 from roll_opd.configs.worker_config import TeacherConfig
 from roll_opd.distributed.runtime import user_error
-from roll_opd.distributed.strategy.base import ScoreRequest, ScoreResult
+from roll_opd.distributed.strategy.base import SAMPLED_ONLY, ScoreRequest, ScoreResult, ScoreWant
 from roll_opd.errors import RollOPDError, TeacherError
 from roll_opd.trajectory import TeacherScores, Trajectory, check_per_token
 
@@ -36,6 +39,7 @@ class Teacher:
     name: str
     config: TeacherConfig
     replicas: list[Replica]
+    want: ScoreWant = SAMPLED_ONLY
     failures: int = 0
     last_failure: str = ""
     rejected: list[str] = field(default_factory=list)
@@ -50,11 +54,18 @@ class TeacherPool:
 
     Args:
         teachers: name -> (config, worker handles).
+        wants: name -> what to ask for besides the sampled token's log-probability.
     """
 
-    def __init__(self, teachers: Mapping[str, tuple[TeacherConfig, Sequence[Any]]]) -> None:
+    def __init__(
+        self,
+        teachers: Mapping[str, tuple[TeacherConfig, Sequence[Any]]],
+        wants: Mapping[str, ScoreWant] | None = None,
+    ) -> None:
+        wants = wants or {}
         self.teachers = {
-            name: Teacher(name, config, [Replica(w) for w in workers]) for name, (config, workers) in teachers.items()
+            name: Teacher(name, config, [Replica(w) for w in workers], wants.get(name, SAMPLED_ONLY))
+            for name, (config, workers) in teachers.items()
         }
 
     def route(self, tag: str) -> list[str]:
@@ -74,6 +85,8 @@ class TeacherPool:
     async def score(self, trajectories: Sequence[Trajectory]) -> list[dict[str, TeacherScores]]:
         """Return, for each trajectory, the scores of each teacher that covers its tag.
 
+        Details, where they are wanted, are object references.
+
         Raises:
             TeacherError: a teacher's failure budget is spent, or none of its replicas is left.
         """
@@ -90,8 +103,8 @@ class TeacherPool:
         return out
 
     async def _score_by(self, teacher: Teacher, trajectories: list[Trajectory]) -> list[TeacherScores]:
-        requests = [ScoreRequest(t.id, t.tokens, t.response_mask) for t in trajectories]
-        tokens = sum(len(t) for t in trajectories)
+        requests = [request_for(t, teacher.name, teacher.want) for t in trajectories]
+        tokens = sum(len(r.tokens) for r in requests)
         tried: set[int] = set()
         for _ in range(teacher.config.max_retries + 1):
             index = self._pick(teacher, tried)
@@ -99,10 +112,11 @@ class TeacherPool:
             tried.add(index)
             replica.tokens += tokens
             try:
-                results = await asyncio.wait_for(
-                    _resolve(replica.worker.score.remote(requests)), teacher.config.request_timeout
-                )
-                return [accept(t, r) for t, r in zip(trajectories, results, strict=True)]
+                answer, details = _ask(replica.worker, requests, teacher.want)
+                results = await asyncio.wait_for(_resolve(answer), teacher.config.request_timeout)
+                triples = zip(trajectories, requests, results, strict=True)
+                scores = [accept(t, q, r) for t, q, r in triples]
+                return [replace(s, details=d) for s, d in zip(scores, details, strict=True)]
             except RayError as error:  # before TimeoutError: Ray's copy of a worker's exception is of both classes
                 if isinstance(error, RayTaskError) and isinstance(user_error(error), RollOPDError):
                     raise user_error(error) from error
@@ -141,18 +155,44 @@ class TeacherPool:
             )
 
 
+def _ask(worker: Any, requests: list[ScoreRequest], want: ScoreWant) -> tuple[Any, Sequence[Any]]:
+    """Send requests; return the reference of the results and one of each sequence's details (None: none wanted)."""
+    if not want.details:
+        return worker.score.remote(requests), [None] * len(requests)
+    call = worker.score_with_details.options(num_returns=1 + len(requests))
+    answer, *details = call.remote(requests, want)
+    return answer, details
+
+
 async def _resolve(ref: Any) -> list[ScoreResult]:
     return await ref
 
 
-def accept(trajectory: Trajectory, result: ScoreResult) -> TeacherScores:
-    """Check that ``result`` was made for ``trajectory`` and can be trained on.
+def request_for(trajectory: Trajectory, teacher: str, want: ScoreWant = SAMPLED_ONLY) -> ScoreRequest:
+    """Ask ``teacher`` about ``trajectory``: behind the student's prompt, or behind a context of the teacher's own.
+
+    The response is the student's tokens in either case; whatever came before its first sampled token is replaced.
+    """
+    context = trajectory.contexts.get(teacher)
+    given = trajectory.top_ids if want.given else None
+    if context is None:
+        return ScoreRequest(trajectory.id, trajectory.tokens, trajectory.response_mask, given)
+    first = int(np.argmax(trajectory.response_mask))
+    tokens = np.concatenate([np.array(context, dtype=np.int32), trajectory.tokens[first:]])
+    mask = np.concatenate([np.zeros(len(context), dtype=bool), trajectory.response_mask[first:]])
+    return ScoreRequest(trajectory.id, tokens, mask, given)
+
+
+def accept(trajectory: Trajectory, request: ScoreRequest, result: ScoreResult) -> TeacherScores:
+    """Check that ``result`` answers ``request`` and can be trained on; put it back on the trajectory's positions.
 
     Raises:
         ValueError: another sequence, another length, or a value that is not finite.
     """
-    wanted = ScoreRequest(trajectory.id, trajectory.tokens, trajectory.response_mask)
-    if result.id != wanted.id or result.checksum != wanted.checksum:
+    if result.id != request.id or result.checksum != request.checksum:
         raise ValueError(f"asked for trajectory {trajectory.id}, got the scores of another sequence ({result.id})")
-    check_per_token("teacher logprobs", result.logprobs, trajectory)
-    return TeacherScores(np.where(trajectory.response_mask, result.logprobs, np.float32(0.0)))
+    if result.logprobs.shape != request.tokens.shape:
+        raise ValueError(f"{len(result.logprobs)} scores for {len(request.tokens)} tokens of {trajectory.id}")
+    logprobs = trajectory.spread(result.logprobs[request.response_mask])
+    check_per_token("teacher logprobs", logprobs, trajectory)
+    return TeacherScores(logprobs)

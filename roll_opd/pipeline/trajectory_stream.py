@@ -3,7 +3,8 @@
 ::
 
     draws ──► generate ──► Trajectory ──► block of whole groups ──┬─► teachers ──► batch ──► queue ──► collect()
-              (engines)    as it finishes     is complete         └─► rewards ───┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄► verdicts()
+      ▲       (engines)    as it finishes     is complete         └─► rewards ──┬┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄► verdicts()
+      └──────────────────── groups that a filter dropped are drawn anew ◄────────┘  (only with a group filter)
 
     producer (thread with its own event loop)
         consumes:      draws of batch b
@@ -11,7 +12,8 @@
         produces:      batch b, into a queue (of 1 + bound batches at most)
         unblocked by:  weights_ready(version), from the main loop after weight sync
     rewards
-        run beside the teachers; where they only monitor, nothing waits for them: verdicts() takes what has come
+        run beside the teachers; where they only monitor, nothing waits for them: verdicts() takes what has come;
+        with a group filter the producer waits for them, and draws until the batch is full
     main loop
         waits for:     collect()
         unblocked by:  the queue, or the exception that ended the producer
@@ -28,7 +30,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,6 +47,9 @@ from roll_opd.rewards.base import RewardItem, RewardResult
 from roll_opd.trajectory import Trajectory, TrajectoryId, check_per_token
 
 logger = logging.getLogger(__name__)
+
+MAX_DRAWS_PER_KEPT = 20
+"""Prompts that may be drawn for each one that a batch needs before a filter is called hopeless."""
 
 
 def first_of(error: BaseException) -> BaseException:
@@ -69,11 +74,15 @@ class Batch:
     Attributes:
         seconds: wall time from the first request to the last score; ``generate`` is the part until the last response.
         grading: verdicts that may still be on their way, one task a block.
+        next_draw: the draw that the following batch begins with.
+        filtered_groups: groups that a filter dropped while this batch was filled.
     """
 
     trajectories: list[Trajectory]
     seconds: dict[str, float]
     grading: list[asyncio.Task[dict[TrajectoryId, RewardResult]]]
+    next_draw: int = 0
+    filtered_groups: int = 0
 
 
 @dataclass
@@ -95,6 +104,9 @@ class TrajectoryStream:
         seed: the run's seed, from which each trajectory's own derives.
         group_size: samples per prompt in training.
         sampling: how training samples are drawn.
+        contexts: prompt -> what scorers see in its place, by scorer (privileged context).
+        keep_group: whether a graded group is trained on; None keeps all, and waits for no reward.
+        extra_draws: prompts beyond the missing ones that are drawn at once when groups are filtered.
         bound: how many batches generation may run ahead of training.
         deadline: seconds without any progress after which the run stops.
     """
@@ -109,6 +121,9 @@ class TrajectoryStream:
         seed: int,
         group_size: int,
         sampling: Sampling,
+        contexts: Callable[[Prompt], Mapping[str, tuple[int, ...]]] | None = None,
+        keep_group: Callable[[list[Trajectory]], bool] | None = None,
+        extra_draws: int = 0,
         bound: int = 0,
         deadline: float = 3600.0,
     ) -> None:
@@ -119,6 +134,9 @@ class TrajectoryStream:
         self.seed = seed
         self.group_size = group_size
         self.sampling = sampling
+        self.contexts = contexts
+        self.keep_group = keep_group
+        self.extra_draws = extra_draws
         self.bound = bound
         self.deadline = deadline
         # Holds at most 1 + bound batches, because a batch is begun only when the weights are new enough for it.
@@ -131,9 +149,9 @@ class TrajectoryStream:
 
     # ---- called by the main loop ---------------------------------------------------------------------------------
 
-    def start(self, draws_of: Callable[[int], Iterable[Draw]], first: int, last: int) -> None:
-        """Begin to produce batches ``first .. last - 1``; ``draws_of(b)`` names the prompts of batch ``b``."""
-        asyncio.run_coroutine_threadsafe(self._produce(draws_of, first, last), self._loop)
+    def start(self, prompt_of: Callable[[int], Prompt], size: int, next_draw: int, first: int, last: int) -> None:
+        """Begin to produce batches ``first .. last - 1`` of ``size`` groups; draws are taken from ``next_draw`` on."""
+        asyncio.run_coroutine_threadsafe(self._produce(prompt_of, size, next_draw, first, last), self._loop)
 
     def weights_ready(self, version: int) -> None:
         """Tell the producer that the engines hold weights ``version``."""
@@ -172,23 +190,11 @@ class TrajectoryStream:
                 are dropped.
         """
 
-        async def known() -> dict[TrajectoryId, RewardResult]:
-            if batch.grading:
-                await asyncio.wait(batch.grading, timeout=patience)
-            found: dict[TrajectoryId, RewardResult] = {}
-            for task in batch.grading:
-                if task.done():
-                    found |= task.result()
-            return found
+        return asyncio.run_coroutine_threadsafe(self._graded(batch, patience), self._loop).result()
 
-        found = asyncio.run_coroutine_threadsafe(known(), self._loop).result()
-        out = []
-        for trajectory in batch.trajectories:
-            verdict = found.get(trajectory.id)
-            if verdict is not None and verdict.error is None:
-                trajectory = replace(trajectory, reward=verdict.reward, correct=verdict.correct)
-            out.append(trajectory)
-        return out
+    def score_again(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        """Have the teachers score ``trajectories`` once more, when something of their scores was lost."""
+        return asyncio.run_coroutine_threadsafe(self._score_block(list(trajectories)), self._loop).result()
 
     def close(self) -> None:
         """Stop producing and end the thread."""
@@ -210,7 +216,9 @@ class TrajectoryStream:
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
 
-    async def _produce(self, draws_of: Callable[[int], Iterable[Draw]], first: int, last: int) -> None:
+    async def _produce(
+        self, prompt_of: Callable[[int], Prompt], size: int, next_draw: int, first: int, last: int
+    ) -> None:
         item: Batch | BaseException
         for number in range(first, last):
             try:
@@ -218,9 +226,8 @@ class TrajectoryStream:
                 while self._version < max(first, number - self.bound):
                     self._advanced.clear()
                     await self._advanced.wait()
-                item = await self._rollout(
-                    list(draws_of(number)), self.group_size, self.sampling, self.seed, "train", self.generators
-                )
+                item = await self._full_batch(prompt_of, size, next_draw)
+                next_draw = item.next_draw
                 oldest = min(int(t.weight_version[t.response_mask].min()) for t in item.trajectories)
                 assert oldest >= number - self.bound, f"batch {number} has tokens of weights {oldest}"
             except (asyncio.CancelledError, concurrent.futures.CancelledError):
@@ -231,6 +238,60 @@ class TrajectoryStream:
             self._batches.put(item)
             if isinstance(item, BaseException):
                 return
+
+    async def _full_batch(self, prompt_of: Callable[[int], Prompt], size: int, next_draw: int) -> Batch:
+        """Sample ``size`` groups; with a filter, draw on until as many are kept.
+
+        Raises:
+            GenerationError: the filter keeps next to nothing.
+        """
+        kept: list[Trajectory] = []
+        seconds: dict[str, float] = {}
+        filtered = surplus = 0
+        began = next_draw
+        while True:
+            missing = size - len(kept) // self.group_size
+            # Extra prompts are a bet that some will be dropped: on the first round nothing says so yet.
+            count = missing + (min(self.extra_draws, missing) if kept or filtered else 0)
+            draws = [Draw(number, prompt_of(number)) for number in range(next_draw, next_draw + count)]
+            next_draw += count
+            batch = await self._rollout(draws, self.group_size, self.sampling, self.seed, "train", self.generators)
+            if self.keep_group is None:
+                return replace(batch, next_draw=next_draw)
+            graded = await self._graded(batch, None)
+            for start in range(0, len(graded), self.group_size):
+                group = graded[start : start + self.group_size]
+                if not self.keep_group(group):
+                    filtered += 1
+                elif len(kept) < size * self.group_size:
+                    kept += group
+                else:
+                    surplus += 1
+            for name, value in batch.seconds.items():
+                seconds[name] = seconds.get(name, 0.0) + value
+            if len(kept) == size * self.group_size:
+                logger.debug("%d groups filtered, %d more than needed", filtered, surplus)
+                return Batch(kept, seconds, [], next_draw, filtered)
+            if next_draw - began >= MAX_DRAWS_PER_KEPT * size:
+                raise GenerationError(
+                    f"query_filter_config kept {len(kept) // self.group_size} of {next_draw - began} prompts, too few "
+                    f"to fill a batch of {size}; widen the filter, or use prompts on which the student's samples differ"
+                )
+
+    async def _graded(self, batch: Batch, patience: float | None) -> list[Trajectory]:
+        if batch.grading:
+            await asyncio.wait(batch.grading, timeout=patience)
+        found: dict[TrajectoryId, RewardResult] = {}
+        for task in batch.grading:
+            if task.done():
+                found |= task.result()
+        out = []
+        for trajectory in batch.trajectories:
+            verdict = found.get(trajectory.id)
+            if verdict is not None and verdict.error is None:
+                trajectory = replace(trajectory, reward=verdict.reward, correct=verdict.correct)
+            out.append(trajectory)
+        return out
 
     async def _rollout(
         self, draws: list[Draw], num_samples: int, sampling: Sampling, seed: int, stream: str, generators: Sequence[Any]
@@ -329,6 +390,8 @@ class TrajectoryStream:
             weight_version=behind_prompt(result.weight_version, -1, np.int32),
             finish_reason=result.finish_reason,
             sampled_mass=result.sampled_mass,
+            top_ids=result.top_ids,
+            contexts={} if self.contexts is None else self.contexts(prompt),
             extras={"ground_truth": prompt.row.ground_truth, "prompt": prompt.text},
         )
         try:

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import Any
 
-from roll_opd.algorithms.policy_loss import PolicyLoss
+import ray
+from ray.exceptions import ObjectLostError
+
+from roll_opd.algorithms.loss import Loss
 from roll_opd.configs.model_args import ModelArguments
 from roll_opd.configs.worker_config import WorkerConfig
 from roll_opd.distributed.strategy.base import (
+    SAMPLED_ONLY,
     GenerateRequest,
     GenerateResult,
+    HeadWeights,
     ScoreRequest,
     ScoreResult,
+    ScoreWant,
     TrainItem,
     WeightBucket,
 )
 from roll_opd.distributed.strategy.factory import build_infer_strategy, build_train_strategy
 from roll_opd.distributed.strategy.tokenizer import load_tokenizer, vocabulary_of
 from roll_opd.distributed.worker import Worker
+from roll_opd.trajectory import TrajectoryId
+
+DetailsKey = tuple[TrajectoryId, str]
+"""A trajectory and the teacher that scored it."""
 
 
 class InferWorker(Worker):
@@ -36,15 +48,36 @@ class InferWorker(Worker):
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
         """Score sequences, in their order."""
-        return await asyncio.to_thread(self.strategy.score, requests)
+        return await asyncio.to_thread(self.strategy.score, requests, SAMPLED_ONLY)
+
+    async def score_with_details(self, requests: Sequence[ScoreRequest], want: ScoreWant) -> tuple[Any, ...]:
+        """Score sequences; return the results, then the details of each sequence.
+
+        To be called with ``num_returns=1 + len(requests)``: every sequence's details are an object of their own, which
+        the caller owns (and so outlives this process) and passes on to a trainer without ever holding it.
+        """
+        results = await asyncio.to_thread(self.strategy.score, requests, want)
+        return [dataclasses.replace(r, details=None) for r in results], *(r.details for r in results)
+
+    async def head(self) -> HeadWeights:
+        """Return the output projection."""
+        return await asyncio.to_thread(self.strategy.head)
+
+    async def save_model(self, folder: str) -> None:
+        """Write the weights that are held."""
+        await asyncio.to_thread(self.strategy.save_model, folder)
+
+    async def load_model(self, folder: str) -> None:
+        """Read what :meth:`save_model` wrote."""
+        await asyncio.to_thread(self.strategy.load_model, folder)
 
     async def weight_dtype(self) -> str:
         """Precision in which weights are held here."""
         return self.strategy.weight_dtype()
 
-    async def begin_weight_update(self, version: int) -> None:
+    async def begin_weight_update(self, version: int, mix: float) -> None:
         """Stop serving."""
-        await asyncio.to_thread(self.strategy.begin_weight_update, version)
+        await asyncio.to_thread(self.strategy.begin_weight_update, version, mix)
 
     async def load_weights(self, bucket: WeightBucket) -> dict[str, int]:
         """Take over a bucket; return the checksums of what was received."""
@@ -66,14 +99,41 @@ class TrainWorker(Worker):
         self.strategy = build_train_strategy(
             yaml_name, config, vocabulary, self.device, max_grad_norm=max_grad_norm, total_updates=total_updates
         )
+        self._details: dict[DetailsKey, Any] = {}
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
         """Score this rank's sequences."""
         return self.strategy.score(requests)
 
-    def train_step(self, micro_batches: Sequence[Sequence[TrainItem]], loss: PolicyLoss) -> dict[str, float]:
+    def set_teacher_head(self, teacher: str, head: HeadWeights) -> None:
+        """Take over a teacher's output projection."""
+        self.strategy.set_teacher_head(teacher, head)
+
+    def fetch_details(self, refs: Mapping[DetailsKey, list[Any]]) -> list[DetailsKey]:
+        """Get the teachers' details that this rank's next optimizer steps need; return the keys of those that are lost.
+
+        Before anything is computed: a rank that found out in the middle of a step would leave the others waiting.
+        """
+        self._details = {}
+        lost = []
+        for key, (ref,) in refs.items():
+            try:
+                self._details[key] = ray.get(ref)
+            except ObjectLostError:
+                lost.append(key)
+        return lost
+
+    def train_step(self, micro_batches: Sequence[Sequence[TrainItem]], loss: Loss) -> dict[str, float]:
         """One optimizer step."""
-        return self.strategy.train_step(micro_batches, loss)
+        return self.strategy.train_step([[self._with_details(i) for i in row] for row in micro_batches], loss)
+
+    def _with_details(self, item: TrainItem) -> TrainItem:
+        trajectory = item.trajectory
+        scores = {
+            name: dataclasses.replace(score, details=self._details.get((trajectory.id, name)))
+            for name, score in trajectory.teacher_scores.items()
+        }
+        return dataclasses.replace(item, trajectory=dataclasses.replace(trajectory, teacher_scores=scores))
 
     def export_weights(self, dtype: str | None, bucket_bytes: int) -> Iterator[WeightBucket]:
         """Yield the weights, bucket by bucket."""

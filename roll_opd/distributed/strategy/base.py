@@ -13,8 +13,16 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from roll_opd.algorithms.policy_loss import PolicyLoss
-from roll_opd.trajectory import FinishReason, FloatArray, IntArray, Trajectory, TrajectoryId
+from roll_opd.algorithms.loss import Loss
+from roll_opd.trajectory import (
+    FinishReason,
+    FloatArray,
+    IntArray,
+    RawTensor,
+    SupportScores,
+    Trajectory,
+    TrajectoryId,
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class Sampling:
         max_new_tokens: limit of the response, in tokens.
         greedy: take the most probable token instead of drawing one.
         stop_strings: the response ends once one of these appears in its text.
+        report_top_ids: also report this many most probable tokens at each step; 0 = none.
     """
 
     temperature: float = 1.0
@@ -36,6 +45,7 @@ class Sampling:
     max_new_tokens: int = 256
     greedy: bool = False
     stop_strings: tuple[str, ...] = ()
+    report_top_ids: int = 0
 
     @property
     def truncates(self) -> bool:
@@ -63,15 +73,43 @@ class GenerateResult:
     weight_version: IntArray
     finish_reason: FinishReason
     sampled_mass: float
+    top_ids: IntArray | None = None
+
+
+@dataclass(frozen=True)
+class ScoreWant:
+    """What to report for each sampled token besides its log-probability.
+
+    Attributes:
+        top_k: log-probabilities of the scorer's own ``k`` most probable tokens.
+        given: log-probabilities of the ids that come with each request.
+        hidden: final hidden states, from which the receiver forms whole distributions.
+    """
+
+    top_k: int = 0
+    given: bool = False
+    hidden: bool = False
+
+    @property
+    def details(self) -> bool:
+        """Whether more than one number per token is wanted."""
+        return self.top_k > 0 or self.given or self.hidden
+
+
+SAMPLED_ONLY = ScoreWant()
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """A sequence to score; log-probabilities are wanted where ``response_mask`` is true."""
+    """A sequence to score; log-probabilities are wanted where ``response_mask`` is true.
+
+    ``given_ids [n, K]``: for each sampled token, ids to report on; -1 fills sets that are smaller.
+    """
 
     id: TrajectoryId
     tokens: IntArray
     response_mask: NDArray[np.bool_]
+    given_ids: IntArray | None = None
 
     @property
     def checksum(self) -> int:
@@ -81,11 +119,21 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """Scores of one sequence: ``logprobs [T]`` float32, 0 where none were wanted."""
+    """Scores of one sequence.
+
+    Attributes:
+        id: of the request.
+        checksum: of the tokens that were scored.
+        logprobs: ``[T]`` float32, 0 where none were wanted.
+        entropies: ``[T]`` float32, likewise; None where the scorer does not see whole distributions.
+        details: what a :class:`ScoreWant` asked for besides.
+    """
 
     id: TrajectoryId
     checksum: int
     logprobs: FloatArray
+    entropies: FloatArray | None = None
+    details: SupportScores | RawTensor | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +150,15 @@ class WeightBucket:
     def of(cls, tensors: Sequence[tuple[str, str, tuple[int, ...], NDArray[np.uint8]]]) -> WeightBucket:
         """Make a bucket on the sending side."""
         return cls(tuple(tensors), {name: tensor_checksum(raw) for name, _, _, raw in tensors})
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """An output projection: ``weight [V, H]`` and ``bias [V]``, trimmed to the tokenizer's vocabulary."""
+
+    weight: RawTensor
+    bias: RawTensor | None
+    soft_cap: float | None
 
 
 @dataclass(frozen=True)
@@ -131,8 +188,8 @@ class GenerateStrategy(Protocol):
         """The dtype in which weights are held, as torch names it (``float32``)."""
         ...
 
-    def begin_weight_update(self, version: int) -> None:
-        """Stop serving until :meth:`finish_weight_update`."""
+    def begin_weight_update(self, version: int, mix: float = 1.0) -> None:
+        """Stop serving until :meth:`finish_weight_update`; ``mix`` is the new weights' share in what is then held."""
         ...
 
     def load_weights(self, bucket: WeightBucket) -> dict[str, int]:
@@ -148,8 +205,20 @@ class GenerateStrategy(Protocol):
 class ScoreStrategy(Protocol):
     """Gives token log-probabilities of given sequences."""
 
-    def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
+    def score(self, requests: Sequence[ScoreRequest], want: ScoreWant = SAMPLED_ONLY) -> list[ScoreResult]:
         """Score ``requests``, in their order."""
+        ...
+
+    def save_model(self, folder: str) -> None:
+        """Write the weights that are held, for a scorer whose weights move during a run."""
+        ...
+
+    def load_model(self, folder: str) -> None:
+        """Read what :meth:`save_model` wrote."""
+        ...
+
+    def head(self) -> HeadWeights:
+        """Return the output projection that turns this scorer's hidden states into logits."""
         ...
 
 
@@ -161,8 +230,12 @@ class TrainStrategy(Protocol):
         """Score this rank's ``requests``; ranks with fewer take part with empty rows."""
         ...
 
-    def train_step(self, micro_batches: Sequence[Sequence[TrainItem]], loss: PolicyLoss) -> dict[str, float]:
+    def train_step(self, micro_batches: Sequence[Sequence[TrainItem]], loss: Loss) -> dict[str, float]:
         """One optimizer step over this rank's ``micro_batches`` (equally many on each rank)."""
+        ...
+
+    def set_teacher_head(self, teacher: str, head: HeadWeights) -> None:
+        """Take over a teacher's output projection, for divergences over the whole vocabulary."""
         ...
 
     def export_weights(self, dtype: str | None, bucket_bytes: int) -> Iterator[WeightBucket]:

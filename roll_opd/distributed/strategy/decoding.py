@@ -29,6 +29,7 @@ class _Sequence:
     uniforms: np.ndarray
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top_ids: list[list[int]] = field(default_factory=list)
     kept: float = 0.0
     finish_reason: FinishReason | None = None
     handed_out: bool = False
@@ -42,6 +43,7 @@ class _Sequence:
             weight_version=np.full(n, version, dtype=np.int32),
             finish_reason=self.finish_reason or "length",
             sampled_mass=self.kept / max(n, 1),
+            top_ids=np.array(self.top_ids, dtype=np.int32) if self.top_ids else None,
         )
 
 
@@ -119,9 +121,9 @@ class DecodingLoop:
         output = self.model.lm.base_model(
             input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
         )
-        weight, bias = self.model.head()
-        logits = torch.nn.functional.linear(output.last_hidden_state[:, -1], weight, bias).float()
-        cap = self.model.soft_cap
+        head = self.model.head()
+        logits = torch.nn.functional.linear(output.last_hidden_state[:, -1], head.weight_VH, head.bias_V).float()
+        cap = head.soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _draw(self, live: list[_Sequence], logits: Tensor, step: int, sampling: Sampling) -> None:
@@ -134,9 +136,14 @@ class DecodingLoop:
             tokens, logprobs, kept = sample(
                 logits, uniform, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k
             )
-        for sequence, token, logprob, mass in zip(live, tokens.tolist(), logprobs.tolist(), kept.tolist(), strict=True):
+        wide = min(sampling.report_top_ids, logits.shape[-1])
+        top_ids = logits.topk(wide, dim=-1).indices.tolist() if wide else [None] * len(live)
+        drawn = zip(live, tokens.tolist(), logprobs.tolist(), kept.tolist(), top_ids, strict=True)
+        for sequence, token, logprob, mass, ranked in drawn:
             if sequence.finish_reason is not None:
                 continue
+            if ranked is not None:
+                sequence.top_ids.append(ranked)
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
             sequence.kept += mass

@@ -21,14 +21,24 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
-from roll_opd.algorithms.policy_loss import PolicyLoss
+from roll_opd.algorithms.chunked_head import Head
+from roll_opd.algorithms.loss import Loss
 from roll_opd.configs.worker_config import WorkerConfig
-from roll_opd.distributed.strategy.base import ScoreRequest, ScoreResult, TrainItem, WeightBucket
-from roll_opd.distributed.strategy.packed_model import DTYPES, as_bytes, load_model
+from roll_opd.distributed.strategy.base import (
+    SAMPLED_ONLY,
+    HeadWeights,
+    ScoreRequest,
+    ScoreResult,
+    ScoreWant,
+    TrainItem,
+    WeightBucket,
+)
+from roll_opd.distributed.strategy.loss_inputs import RowTensors
+from roll_opd.distributed.strategy.packed_model import DTYPES, as_bytes, head_of, load_model
 from roll_opd.distributed.strategy.scoring import rows_of, score_row
 from roll_opd.distributed.strategy.tokenizer import Vocabulary
 from roll_opd.errors import LaunchError, TrainingError
-from roll_opd.trajectory import PackedBatch, TrajectoryId
+from roll_opd.trajectory import TrajectoryId
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +76,7 @@ class FSDP2Strategy:
         self.model = load_model(
             config.model_args, role=role, vocab_size=vocabulary.size, device=device, dtype=torch.float32
         )
+        self._teacher_heads: dict[str, Head] = {}
         self._tied = _tied_names(self.model.lm)
         self._shard()
         self.optimizer = _build_optimizer(self.model, config)
@@ -91,7 +102,7 @@ class FSDP2Strategy:
 
     # ---- scoring -------------------------------------------------------------------------------------------------
 
-    def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
+    def score(self, requests: Sequence[ScoreRequest], want: ScoreWant = SAMPLED_ONLY) -> list[ScoreResult]:
         """See :class:`~roll_opd.distributed.strategy.base.TrainStrategy`."""
         rows = list(rows_of(requests, self.config))
         num_rows = self._max_over_ranks(len(rows))
@@ -99,7 +110,7 @@ class FSDP2Strategy:
         with torch.no_grad():
             for index in range(num_rows):
                 if index < len(rows):
-                    results += score_row(self.model, rows[index])
+                    results += score_row(self.model, rows[index], want)
                 else:
                     score_row(self.model, [_idle_request()])
         return results
@@ -111,7 +122,11 @@ class FSDP2Strategy:
 
     # ---- training ------------------------------------------------------------------------------------------------
 
-    def train_step(self, micro_batches: Sequence[Sequence[TrainItem]], loss: PolicyLoss) -> dict[str, float]:
+    def set_teacher_head(self, teacher: str, head: HeadWeights) -> None:
+        """See :class:`~roll_opd.distributed.strategy.base.TrainStrategy`; every rank holds a whole copy."""
+        self._teacher_heads[teacher] = head_of(head, self.device)
+
+    def train_step(self, micro_batches: Sequence[Sequence[TrainItem]], loss: Loss) -> dict[str, float]:
         """See :class:`~roll_opd.distributed.strategy.base.TrainStrategy`.
 
         Returns:
@@ -150,23 +165,15 @@ class FSDP2Strategy:
         self.optimizer.zero_grad()
         return self._sum_over_ranks(sums) | {"grad_norm": norm, "lr": lr, "max/ratio": max_ratio}
 
-    def _micro_batch_loss(self, items: Sequence[TrainItem], loss: PolicyLoss) -> tuple[Tensor, dict[str, Tensor]]:
-        trajectories = [item.trajectory for item in items]
-        batch = PackedBatch.pack([t.tokens for t in trajectories], [t.response_mask for t in trajectories])
-        logprobs, entropy, target = self.model.token_logprobs(batch)
-
-        def per_token(arrays: Sequence[np.ndarray[Any, Any] | None]) -> Tensor:
-            return torch.from_numpy(np.concatenate([a for a in arrays if a is not None])[target]).to(self.device)
-
-        weight = per_token([np.full(len(i.trajectory), i.token_weight, dtype=np.float32) for i in items])
-        advantages = per_token([t.advantages for t in trajectories])
-        old_logprobs = per_token([t.old_logprobs for t in trajectories])
-        losses, stats = loss(logprobs, old_logprobs, advantages, entropy)
-        counted = weight > 0
+    def _micro_batch_loss(self, items: Sequence[TrainItem], loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
+        row = RowTensors(items, loss, self._teacher_heads, self.device)
+        outputs, _ = self.model.token_logprobs(row.batch, row.targets)
+        losses, stats = loss(row.inputs(outputs))
+        counted = row.token_weights > 0
         stats = {name: values[counted] for name, values in stats.items()}
-        stats["entropy"] = entropy.detach()[counted]
+        stats["entropy"] = outputs.entropy_n.detach()[counted]
         stats["tokens"] = counted.float()
-        return (losses * weight).sum(), stats
+        return (losses * row.token_weights).sum(), stats
 
     def _sum_over_ranks(self, sums: dict[str, float]) -> dict[str, float]:
         names = sorted(sums)

@@ -6,25 +6,33 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_model as load_model_file
+from safetensors.torch import save_model
 
 from roll_opd.configs.worker_config import WorkerConfig
 from roll_opd.distributed.strategy.base import (
+    SAMPLED_ONLY,
     GenerateRequest,
     GenerateResult,
+    HeadWeights,
     ScoreRequest,
     ScoreResult,
+    ScoreWant,
     WeightBucket,
     tensor_checksum,
 )
 from roll_opd.distributed.strategy.decoding import DecodingLoop
-from roll_opd.distributed.strategy.packed_model import PackedModel, as_bytes, load_model
+from roll_opd.distributed.strategy.packed_model import PackedModel, as_bytes, load_model, raw_of
 from roll_opd.distributed.strategy.scoring import rows_of, score_row
 from roll_opd.distributed.strategy.tokenizer import Vocabulary
 from roll_opd.errors import GenerationError, ModelError
 
 logger = logging.getLogger(__name__)
+
+_WEIGHTS_FILE = "weights.safetensors"
 
 
 class HFStrategy:
@@ -55,6 +63,8 @@ class HFStrategy:
                 f"to all earlier tokens; {config.model_args.model_name_or_path!r} has sliding windows or the like"
             )
         self.version = 0
+        self._mix = 1.0
+        self._mixed: set[int] = set()
         self._loop = DecodingLoop(self.model, vocabulary.stop_ids, vocabulary.decode)
         # One request list, scoring call or weight update at a time: they share the weights and the cores.
         self._lock = threading.Lock()
@@ -86,21 +96,39 @@ class HFStrategy:
             for batch in _batches(requests, self.config.infer_batch_size):
                 yield from self._loop.run(batch, self.version)
 
-    def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
+    def score(self, requests: Sequence[ScoreRequest], want: ScoreWant = SAMPLED_ONLY) -> list[ScoreResult]:
         """See :class:`~roll_opd.distributed.strategy.base.ScoreStrategy`."""
         results: list[ScoreResult] = []
         with self._lock, torch.inference_mode():
             for row in rows_of(requests, self.config):
-                results += score_row(self.model, row)
+                results += score_row(self.model, row, want)
         return results
 
-    def begin_weight_update(self, version: int) -> None:
+    def head(self) -> HeadWeights:
+        """See :class:`~roll_opd.distributed.strategy.base.ScoreStrategy`."""
+        head = self.model.head()
+        return HeadWeights(raw_of(head.weight_VH), None if head.bias_V is None else raw_of(head.bias_V), head.soft_cap)
+
+    def save_model(self, folder: str) -> None:
+        """See :class:`~roll_opd.distributed.strategy.base.ScoreStrategy`."""
+        with self._lock:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            save_model(self.model.lm, str(Path(folder) / _WEIGHTS_FILE))
+
+    def load_model(self, folder: str) -> None:
+        """See :class:`~roll_opd.distributed.strategy.base.ScoreStrategy`."""
+        with self._lock:
+            load_model_file(self.model.lm, str(Path(folder) / _WEIGHTS_FILE))
+
+    def begin_weight_update(self, version: int, mix: float = 1.0) -> None:
         """See :class:`~roll_opd.distributed.strategy.base.GenerateStrategy`; waits for what is being generated."""
         self._lock.acquire()
+        self._mix = mix
+        self._mixed = set()
 
     @torch.no_grad()
     def load_weights(self, bucket: WeightBucket) -> dict[str, int]:
-        """See :class:`~roll_opd.distributed.strategy.base.GenerateStrategy`; copies in place."""
+        """See :class:`~roll_opd.distributed.strategy.base.GenerateStrategy`; in place."""
         for name, dtype, shape, raw in bucket.tensors:
             if name not in self._parameters:
                 raise GenerationError(f"weight update: the generating model has no parameter {name!r}")
@@ -111,7 +139,11 @@ class HFStrategy:
                     f"weight update: {name!r} is {tuple(shape)} in training, {tuple(self._parameters[name].shape)} in "
                     f"generation; both student roles must name the same model"
                 )
-            self._parameters[name].copy_(tensor)
+            held = self._parameters[name]
+            # A tied weight comes under each of its names, but must be mixed once.
+            if id(held) not in self._mixed:
+                self._mixed.add(id(held))
+                held.lerp_(tensor.to(held), self._mix) if self._mix < 1.0 else held.copy_(tensor)
         return dict(bucket.checksums)
 
     def finish_weight_update(self, version: int) -> Mapping[str, int]:

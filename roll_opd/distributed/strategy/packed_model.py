@@ -7,6 +7,7 @@ read", and nothing outside this file knows about it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from roll_opd.algorithms.token_logprobs import chunked_token_logprobs
+from roll_opd.algorithms.chunked_head import FullTarget, Head, HeadOutputs, SupportTarget, head_outputs
 from roll_opd.configs.model_args import ModelArguments
 from roll_opd.distributed.strategy import attention
+from roll_opd.distributed.strategy.base import HeadWeights
 from roll_opd.errors import ModelError
-from roll_opd.trajectory import PackedBatch
+from roll_opd.trajectory import PackedBatch, RawTensor
 
 logger = logging.getLogger(__name__)
+
+Apply = Callable[[Tensor, Head, Tensor], Any]
+"""What to compute at the head: hidden states ``[n, H]``, the head, target ids ``[n]``."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,9 +45,10 @@ def shifted(batch: PackedBatch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 class PackedModel(nn.Module):
-    """A causal language model whose forward gives token log-probabilities of a packed row.
+    """A causal language model whose forward computes at the head of a packed row.
 
-    The head is applied chunk by chunk inside the forward, where FSDP2 has gathered its weight.
+    The head is applied chunk by chunk inside the forward, where FSDP2 has gathered its weight. What is computed there
+    is the caller's choice; no logits leave it.
 
     Args:
         lm: a transformers causal language model.
@@ -58,11 +64,12 @@ class PackedModel(nn.Module):
         text_config = lm.config.get_text_config()
         self.soft_cap: float | None = getattr(text_config, "final_logit_softcapping", None)
 
-    def head(self) -> tuple[Tensor, Tensor | None]:
-        """Return the output projection's weight ``[V, H]`` and bias, padding trimmed."""
+    def head(self) -> Head:
+        """Return the output projection, padding trimmed."""
         projection = self.lm.get_output_embeddings()
         bias = getattr(projection, "bias", None)
-        return projection.weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
+        trimmed = None if bias is None else bias[: self.vocab_size]
+        return Head(projection.weight[: self.vocab_size], trimmed, self.soft_cap)
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Return the final hidden states ``[N, H]`` of a packed row."""
@@ -83,25 +90,34 @@ class PackedModel(nn.Module):
         return output.last_hidden_state[0]
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, source: Tensor, target: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return log-probability and entropy ``[n]`` of the tokens at ``target``, read at ``source``."""
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, source: Tensor, target: Tensor, apply: Apply
+    ) -> Any:
+        """Return what ``apply`` makes of the tokens at ``target``, read at ``source``."""
         hidden = self.hidden_states(tokens, positions, cu_seqlens)[source]
-        weight, bias = self.head()
-        return chunked_token_logprobs(hidden, weight, tokens[target], bias_V=bias, soft_cap=self.soft_cap)
+        return apply(hidden, self.head(), tokens[target])
 
-    def token_logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor, NDArray[np.int64]]:
-        """Forward ``batch``; return ``logprobs [n]``, ``entropy [n]`` and the positions ``[n]`` they speak about."""
+    def at_sampled_tokens(self, batch: PackedBatch, apply: Apply) -> tuple[Any, NDArray[np.int64]]:
+        """Forward ``batch``; return what ``apply`` gives and the positions ``[n]`` that it speaks about."""
         device = next(self.parameters()).device
         source, target = shifted(batch)
 
         def put(array: NDArray[Any]) -> Tensor:
             return torch.as_tensor(np.array(array), device=device)
 
-        logprobs, entropy = self(
-            put(batch.tokens), put(batch.positions), put(batch.cu_seqlens), put(source), put(target)
+        out = self(
+            put(batch.tokens), put(batch.positions), put(batch.cu_seqlens), put(source), put(target), apply=apply
         )
-        return logprobs, entropy, target
+        return out, target
+
+    def token_logprobs(
+        self, batch: PackedBatch, divergences: Sequence[FullTarget | SupportTarget] = ()
+    ) -> tuple[HeadOutputs, NDArray[np.int64]]:
+        """Return log-probability, entropy and divergences of the sampled tokens, and the positions ``[n]``."""
+
+        def apply(hidden: Tensor, head: Head, targets: Tensor) -> HeadOutputs:
+            return head_outputs(hidden, head, targets, divergences)
+
+        return self.at_sampled_tokens(batch, apply)
 
 
 def load_model(
@@ -200,13 +216,29 @@ def _check_head(model: PackedModel, role: str) -> None:
     expected = logits[:-1, : model.vocab_size].float().log_softmax(-1).gather(-1, tokens[1:, None]).squeeze(-1)
     steps = torch.arange(8, device=device)
     bounds = torch.tensor([0, 8], dtype=torch.int32, device=device)
-    ours, _ = model(tokens, steps, bounds, steps[:-1], steps[1:])
+    ours = model(tokens, steps, bounds, steps[:-1], steps[1:], apply=head_outputs).logprobs_n
     tolerance = 1e-3 if logits.dtype == torch.float32 else 0.25
     if not torch.allclose(ours, expected, atol=tolerance, rtol=0.0):
         raise ModelError(
             f"{role}.model_args.model_name_or_path: we do not compute the logits of {type(model.lm).__name__} as it "
             f"does itself (off by {float((ours - expected).abs().max()):.2g}); this family is not supported"
         )
+
+
+def raw_of(tensor: Tensor) -> RawTensor:
+    """Turn a tensor into what travels between processes."""
+    return RawTensor(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), as_bytes(tensor))
+
+
+def tensor_of(raw: RawTensor, device: torch.device) -> Tensor:
+    """Undo :func:`raw_of`; copies, because what comes from the object store is read-only."""
+    return torch.from_numpy(raw.raw.copy()).view(getattr(torch, raw.dtype)).reshape(raw.shape).to(device)
+
+
+def head_of(weights: HeadWeights, device: torch.device) -> Head:
+    """Rebuild another model's output projection from what travelled."""
+    bias = None if weights.bias is None else tensor_of(weights.bias, device)
+    return Head(tensor_of(weights.weight, device), bias, weights.soft_cap)
 
 
 def as_bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from roll_opd.algorithms.chunked_head import Head, head_outputs, support_scores
 from roll_opd.configs.worker_config import WorkerConfig
-from roll_opd.distributed.strategy.base import ScoreRequest, ScoreResult
-from roll_opd.distributed.strategy.packed_model import PackedModel
-from roll_opd.trajectory import PackedBatch
+from roll_opd.distributed.strategy.base import SAMPLED_ONLY, ScoreRequest, ScoreResult, ScoreWant
+from roll_opd.distributed.strategy.packed_model import PackedModel, raw_of
+from roll_opd.trajectory import PackedBatch, RawTensor, SupportScores
 
 
 def rows_of(requests: Sequence[ScoreRequest], config: WorkerConfig) -> Iterator[list[ScoreRequest]]:
@@ -32,10 +36,50 @@ def rows_of(requests: Sequence[ScoreRequest], config: WorkerConfig) -> Iterator[
         yield row
 
 
-def score_row(model: PackedModel, row: Sequence[ScoreRequest]) -> list[ScoreResult]:
+def score_row(model: PackedModel, row: Sequence[ScoreRequest], want: ScoreWant = SAMPLED_ONLY) -> list[ScoreResult]:
     """Score one packed row; call inside ``torch.no_grad()`` or ``inference_mode``."""
     batch = PackedBatch.pack([r.tokens for r in row], [r.response_mask for r in row])
-    logprobs, _, target = model.token_logprobs(batch)
-    values = np.zeros(len(batch.tokens), dtype=np.float32)
-    values[target] = logprobs.float().cpu().numpy()
-    return [ScoreResult(r.id, r.checksum, v) for r, v in zip(row, batch.split(values), strict=True)]
+    given = _given_ids(row, next(model.parameters()).device) if want.given else None
+
+    def apply(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor | None, Any]:
+        if want.top_k or want.given:
+            logprobs, *over_set = support_scores(hidden, head, targets, want.top_k, given)
+            return logprobs, None, over_set
+        outputs = head_outputs(hidden, head, targets)
+        return outputs.logprobs_n, outputs.entropy_n, hidden if want.hidden else None
+
+    (logprobs, entropy, extra), target = model.at_sampled_tokens(batch, apply)
+    details = _details(extra, [int(r.response_mask.sum()) for r in row])
+
+    def spread(values: Tensor) -> list[np.ndarray[Any, Any]]:
+        out = np.zeros(len(batch.tokens), dtype=np.float32)
+        out[target] = values.float().cpu().numpy()
+        return batch.split(out)
+
+    entropies = [None] * len(row) if entropy is None else spread(entropy)
+    return [
+        ScoreResult(r.id, r.checksum, v, e, d)
+        for r, v, e, d in zip(row, spread(logprobs), entropies, details, strict=True)
+    ]
+
+
+def _details(extra: Any, counts: list[int]) -> Sequence[SupportScores | RawTensor | None]:
+    """Cut what the head gave besides log-probabilities into one part per sequence."""
+    if extra is None:
+        return [None] * len(counts)
+    if isinstance(extra, Tensor):
+        return [raw_of(part) for part in extra.split(counts)]
+    ids, logprobs, tail = (values.cpu().split(counts) for values in extra)
+    return [
+        SupportScores(i.numpy().astype(np.int32), p.float().numpy(), t.float().numpy())
+        for i, p, t in zip(ids, logprobs, tail, strict=True)
+    ]
+
+
+def _given_ids(row: Sequence[ScoreRequest], device: torch.device) -> Tensor:
+    """Stack the requests' ids ``[n, K]``; smaller sets are filled with -1."""
+    sets = [r.given_ids for r in row if r.given_ids is not None]
+    assert len(sets) == len(row), "ids to report on were asked for, but a request brings none"
+    widest = max(s.shape[1] for s in sets)
+    filled = [np.pad(s, ((0, 0), (0, widest - s.shape[1])), constant_values=-1) for s in sets]
+    return torch.from_numpy(np.concatenate(filled).astype(np.int64)).to(device)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+from roll_opd.algorithms.reward_shaping import query_filter
 from roll_opd.configs.data_args import DataArguments
 from roll_opd.configs.generating_args import GeneratingArguments
+from roll_opd.configs.pipeline_config import RLVRConfig
 from roll_opd.datasets.prompts import Prompt, encode_prompts
 from roll_opd.datasets.rows import Columns, read_rows
 from roll_opd.datasets.sampling import PromptOrder
@@ -17,8 +19,8 @@ from roll_opd.distributed.strategy.tokenizer import check_same_vocabulary, load_
 from roll_opd.errors import ConfigError, DataError
 from roll_opd.pipeline.base_pipeline import BasePipeline
 from roll_opd.pipeline.metrics import reverse_kl, reward_metrics
-from roll_opd.pipeline.role_clusters import RoleClusters
-from roll_opd.pipeline.trajectory_stream import Draw, TrajectoryStream
+from roll_opd.pipeline.role_clusters import RoleClusters, want_of
+from roll_opd.pipeline.trajectory_stream import TrajectoryStream
 from roll_opd.rewards import resolve_reward
 from roll_opd.trajectory import Trajectory
 
@@ -46,6 +48,7 @@ class RLVRPipeline(BasePipeline):
         self.prompts = self._read(data, f"{names['actor_train']}.data_args")
         self.prompts = self._covered(self.prompts)
         self.order = PromptOrder(len(self.prompts), config.seed, data.shuffle)
+        self.contexts = self._contexts()
         self.val_prompts: list[Prompt] = []
         if config.validation is not None and config.validation.data_args.file_name and config.eval_steps > 0:
             prompts = self._read(config.validation.data_args, "validation.data_args")
@@ -81,6 +84,10 @@ class RLVRPipeline(BasePipeline):
         )
         return prompts
 
+    def _contexts(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """For each teacher that sees another prompt than the student: row -> its token ids."""
+        return {}
+
     def _check_context_lengths(self) -> None:
         """Refuse sequences that a model's positions do not reach (read from ``config.json``, where it is on disk)."""
         wanted = self.config.prompt_length + (self.config.response_length or 0)
@@ -102,7 +109,7 @@ class RLVRPipeline(BasePipeline):
             DataError: a tag is not covered and ``opd_args.uncovered`` does not say to skip it.
         """
         covered = [set(t.tag_included) for t in self.config.teachers.values()]
-        if any(not tags for tags in covered):
+        if not covered or any(not tags for tags in covered) or self.config.opd_args.uncovered == "reward_only":
             return prompts
         every = set().union(*covered)
         missing = sorted({p.row.tag for p in prompts} - every)
@@ -122,6 +129,12 @@ class RLVRPipeline(BasePipeline):
     def build_stream(self, clusters: RoleClusters) -> TrajectoryStream:
         """See :class:`~roll_opd.pipeline.base_pipeline.BasePipeline`."""
         config = self.config
+        sampling = sampling_of(config.actor_infer.generating_args, config.response_length)
+        if want_of(config).given:
+            sampling = replace(sampling, report_top_ids=config.opd_args.top_k)
+        assert isinstance(config, RLVRConfig)
+        filters = any(r.query_filter_config.type != "no_filter" for r in config.rewards.values())
+        extra = config.max_additional_running_prompts if config.is_use_additional_prompts else 0
         return TrajectoryStream(
             generators=clusters.infer.workers,
             teachers=clusters.teacher_pool,
@@ -129,15 +142,29 @@ class RLVRPipeline(BasePipeline):
             decode=lambda ids: str(self.tokenizer.decode(ids, skip_special_tokens=True)),
             seed=config.seed,
             group_size=config.num_return_sequences_in_group,
-            sampling=sampling_of(config.actor_infer.generating_args, config.response_length),
+            sampling=sampling,
+            contexts=self.contexts_of if self.contexts else None,
+            keep_group=self.keeps if filters and self.signal.uses_rewards else None,
+            extra_draws=extra,
             deadline=config.rpc_timeout,
         )
 
-    def draws(self, batch: int) -> Iterator[Draw]:
+    def prompt_of(self, draw: int) -> Prompt:
         """See :class:`~roll_opd.pipeline.base_pipeline.BasePipeline`."""
-        size = self.config.rollout_batch_size
-        for number in range(batch * size, (batch + 1) * size):
-            yield Draw(number, self.prompts[self.order.index(number)])
+        return self.prompts[self.order.index(draw)]
+
+    def contexts_of(self, prompt: Prompt) -> dict[str, tuple[int, ...]]:
+        """What each teacher with a context of its own sees in place of ``prompt``."""
+        return {name: contexts[prompt.row.where] for name, contexts in self.contexts.items()}
+
+    def keeps(self, group: list[Trajectory]) -> bool:
+        """Whether the filter of the reward that graded ``group`` lets it train; an ungraded group never does."""
+        name = self.clusters.reward_pool.route(group[0].tag)
+        rewards = [t.reward for t in group if t.reward is not None]
+        if name is None or not rewards:
+            return name is None
+        spec = self.config.rewards[name].query_filter_config
+        return query_filter(spec.type, spec.filter_args, rewards)
 
     # ---- validation ----------------------------------------------------------------------------------------------
 
@@ -154,7 +181,7 @@ class RLVRPipeline(BasePipeline):
             metrics = validation_metrics(samples, sampling)
             self.report.validation(self.step, metrics, samples, self.tokenizer)
             if validation.teacher_accuracy and not self.report.has("teacher_accuracy"):
-                teachers = [w for c in self.clusters.teachers.values() for w in c.workers]
+                teachers = [w for name in self.config.teachers for w in self.clusters.scorers[name].workers]
                 by_teacher = self.stream.validate(self.val_prompts, num_samples, sampling, validation.seed, teachers)
                 graded = self.stream.verdicts(by_teacher, patience=None)
                 self.report.note("teacher_accuracy", reward_metrics(graded, "val").get("val/accuracy"))
@@ -166,7 +193,7 @@ def validation_metrics(samples: list[Trajectory], sampling: Sampling) -> dict[st
     The mean log-ratio is a KL only on samples of the student's own distribution: other sampling gives none.
     """
     metrics = {k.removeprefix("/"): v for k, v in reward_metrics(samples, "").items()}
-    names = sorted({name for t in samples for name in t.teacher_scores})
+    names = sorted({name for t in samples for name in t.teachers})
     if not sampling.truncates:
         for name in names:
             metrics[f"reverse_kl/teacher/{name}"] = reverse_kl(samples, name, "infer_logprobs")

@@ -93,14 +93,90 @@ def test_no_gradient_to_old_logprobs_or_advantages() -> None:
     assert not any(values.requires_grad for values in stats.values())
 
 
-def test_entropy_bonus_lowers_the_loss_and_must_be_computed() -> None:
-    zeros, entropy = torch.zeros(2), torch.tensor([1.0, 3.0], requires_grad=True)
-    value, _ = PolicyLoss(entropy_coef=0.1)(zeros, zeros, torch.tensor([1.0, 1.0]), entropy)
-    assert value.tolist() == pytest.approx([-1.1, -1.3])
+# Two sequences, interleaved; a third, of no tokens, is between them in number.
+SEGMENTS = torch.tensor([0, 2, 0, 2, 2])
+LOG_RATIOS = torch.tensor([0.3, -0.2, -0.1, 0.0, 0.8], dtype=torch.float64)
+# Means: 0.1 and 0.2.
+SEQUENCE_RATIOS = [math.exp(0.1), math.exp(0.2), math.exp(0.1), math.exp(0.2), math.exp(0.2)]
+
+
+def test_one_ratio_for_each_sequence_by_hand() -> None:
+    old = torch.full((5,), -2.0, dtype=torch.float64)
+    advantages = torch.tensor([1.0, -1.0, 3.0, -2.0, 0.5], dtype=torch.float64)
+    logprobs = (old + LOG_RATIOS).requires_grad_()
+    value, stats = PolicyLoss(None, None, ratio="seq")(logprobs, old, advantages, SEGMENTS, 3)
+    assert stats["ratio"].tolist() == pytest.approx(SEQUENCE_RATIOS)
+    assert value.tolist() == pytest.approx([-r * a for r, a in zip(SEQUENCE_RATIOS, advantages.tolist(), strict=True)])
     value.sum().backward()
-    assert entropy.grad.tolist() == pytest.approx([-0.1, -0.1])
-    with pytest.raises(ValueError, match="entropy"):
-        PolicyLoss(entropy_coef=0.1)(zeros, zeros, zeros)
+    # Every token gets - ratio * (sum of its sequence's advantages) / (its length): 4/2 and -2.5/3.
+    first, second = -math.exp(0.1) * 4.0 / 2, math.exp(0.2) * 2.5 / 3
+    assert logprobs.grad.tolist() == pytest.approx([first, second, first, second, second])
+    assert stats["old_minus_new"].tolist() == pytest.approx((-LOG_RATIOS).tolist())
+
+
+def test_a_single_tokens_loss_reaches_all_tokens_of_its_sequence_and_no_other() -> None:
+    old = torch.zeros(5, dtype=torch.float64)
+    logprobs = LOG_RATIOS.clone().requires_grad_()
+    value, _ = PolicyLoss(ratio="seq")(logprobs, old, torch.ones(5, dtype=torch.float64), SEGMENTS, 3)
+    value[0].backward()
+    share = -math.exp(0.1) / 2
+    assert logprobs.grad.tolist() == pytest.approx([share, 0.0, share, 0.0, 0.0])
+
+
+def test_the_clip_acts_on_the_sequence_ratio() -> None:
+    old = torch.zeros(5, dtype=torch.float64)
+    logprobs = LOG_RATIOS.clone().requires_grad_()
+    # e^0.1 = 1.105 is inside 1.15, e^0.2 = 1.221 is not, although one of its tokens went down.
+    value, stats = PolicyLoss(0.15, 0.15, ratio="seq")(logprobs, old, torch.ones(5, dtype=torch.float64), SEGMENTS, 3)
+    value.sum().backward()
+    assert stats["clipped"].tolist() == [0, 1, 0, 1, 1]
+    assert value.tolist() == pytest.approx([-math.exp(0.1), -1.15, -math.exp(0.1), -1.15, -1.15])
+    assert logprobs.grad.tolist() == pytest.approx([-math.exp(0.1), 0.0, -math.exp(0.1), 0.0, 0.0])
+
+
+@pytest.mark.parametrize("ratio", ["token", "seq"])
+def test_packing_order_does_not_matter(ratio: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    segments = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3, 3, 3])
+    old = -torch.rand(10, generator=generator, dtype=torch.float64)
+    new = old + 0.3 * torch.randn(10, generator=generator, dtype=torch.float64)
+    advantages = torch.randn(10, generator=generator, dtype=torch.float64)
+    loss = PolicyLoss(0.2, 0.28, 3.0, ratio)  # type: ignore[arg-type]
+
+    def gradient(order: torch.Tensor, names: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs = new[order].requires_grad_()
+        value, _ = loss(logprobs, old[order], advantages[order], names[segments[order]], 4)
+        value.sum().backward()
+        back = torch.argsort(order)
+        return value.detach()[back], logprobs.grad[back]
+
+    straight = gradient(torch.arange(10), torch.arange(4))
+    for _ in range(5):
+        order, names = torch.randperm(10, generator=generator), torch.randperm(4, generator=generator)
+        for got, wanted in zip(gradient(order, names), straight, strict=True):
+            assert torch.allclose(got, wanted, atol=1e-14, rtol=0)
+
+    # Split over two calls, sequences whole.
+    for part, count in ((segments < 2, 2), (segments >= 2, 2)):
+        value, _ = loss(new[part], old[part], advantages[part], segments[part] % 2, count)
+        assert torch.allclose(value, straight[0][part], atol=1e-14, rtol=0)
+
+
+def test_for_one_token_sequences_both_ratios_are_the_same() -> None:
+    old, advantages = torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
+    by_token, _ = PolicyLoss()(LOG_RATIOS, old, advantages)
+    by_sequence, _ = PolicyLoss(ratio="seq")(LOG_RATIOS, old, advantages, torch.arange(5), 5)
+    assert torch.equal(by_token, by_sequence)
+
+
+def test_what_is_refused() -> None:
+    zeros = torch.zeros(2)
+    with pytest.raises(ValueError, match="segments"):
+        PolicyLoss(ratio="seq")(zeros, zeros, zeros)
+    with pytest.raises(ValueError, match="token, seq"):
+        PolicyLoss(ratio="sequence")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="both"):
+        PolicyLoss(0.2, None)
 
 
 def test_an_absurd_ratio_stays_finite() -> None:
@@ -112,5 +188,6 @@ def test_an_absurd_ratio_stays_finite() -> None:
 
 def test_no_tokens_no_loss() -> None:
     empty = torch.zeros(0)
-    value, stats = PolicyLoss(0.2, 0.2, 3.0)(empty, empty, empty)
-    assert value.shape == (0,) and all(v.shape == (0,) for v in stats.values())
+    for ratio in ("token", "seq"):
+        value, stats = PolicyLoss(0.2, 0.2, 3.0, ratio)(empty, empty, empty, empty.long(), 0)  # type: ignore[arg-type]
+        assert value.shape == (0,) and all(v.shape == (0,) for v in stats.values())

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from roll_opd.datasets.rows import Columns, ReadReport, find_file, read_rows
+from roll_opd.datasets.rows import Columns, ReadReport, read_rows
+from roll_opd.datasets.sources import find_file
 from roll_opd.errors import DataError
 
 REPO = Path(__file__).parents[3]
@@ -155,7 +156,7 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)
-def test_a_bad_row_is_named_by_file_and_line(tmp_path, name, caplog):
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, name):
     bad, problem = BAD_ROWS[name]
     good = {"prompt": "p"} if name == "default id used before" else {"prompt": "p", "id": "good"}
     path = write(tmp_path / "bad.jsonl", good, b"", bad, {"prompt": "last"})
@@ -164,12 +165,11 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, name, caplog):
         read_rows([path])
     assert "\n" not in str(caught.value)
 
-    with caplog.at_level(logging.WARNING):
-        rows, report = read_rows([path], on_bad_row="skip")
+    rows, report = read_rows([path], on_bad_row="skip")
     assert [(row.index, row.line) for row in rows] == [(0, 1), (1, 4)]
     assert (report.read, report.blank, report.bad, report.kept) == (3, 1, 1, 2)
     (example,) = report.examples
-    assert example.startswith(f"{path}:3: ") and example in caplog.text
+    assert example.startswith(f"{path}:3: ") and example in str(report) and not report.is_complete
 
 
 def test_counts_over_files_and_at_most_five_examples(tmp_path):
@@ -233,10 +233,12 @@ def test_a_lone_name_is_one_file(tmp_path):
 
 def test_unsupported_ending_is_refused_before_reading(tmp_path):
     bad = write(tmp_path / "bad.jsonl", {})
-    parquet = tmp_path / "x.parquet"
-    parquet.write_bytes(b"PAR1")
-    with pytest.raises(DataError, match=rf"^{parquet}: cannot read files that end in '\.parquet'; supported: \.jsonl"):
-        read_rows([bad, parquet])
+    other = tmp_path / "x.txt"
+    other.write_bytes(b"x")
+    with pytest.raises(DataError, match=rf"^{other}: cannot tell the format of .*'\.txt'; supported: \.json, \.jsonl"):
+        read_rows([bad, other])
+    other.write_bytes(b'{"prompt": "p"}')
+    assert read_rows([other], dataset_type="jsonl")[0][0].prompt == "p"
 
 
 def test_file_lookup(tmp_path, monkeypatch, caplog):

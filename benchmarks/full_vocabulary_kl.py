@@ -1,0 +1,158 @@
+"""Reverse KL over the whole vocabulary, forward and backward: the chunked head against the naive computation.
+
+Each variant runs in a fresh process on the same inputs and reports its time, its peak of resident memory beyond what
+both need (inputs, and the gradients of hidden states and head), its loss and its gradients. One run measures all:
+
+- ``naive``: both logit tensors, both log-softmaxes, autograd
+- ``recompute``: :func:`roll_opd.algorithms.chunked_head.head_outputs`, which makes the logits again in the backward pass
+- ``in_forward``: the alternative, gradients made in the forward pass, which needs the weight of each token beforehand
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from roll_opd.algorithms.chunked_head import CHUNK_TOKENS, FullTarget, Head, head_outputs
+
+VARIANTS = ("naive", "recompute", "in_forward")
+
+
+def inputs(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Student's hidden states and head, the teacher's (a perturbed student), and the sampled tokens."""
+    generator = torch.Generator().manual_seed(0)
+    scale = 3.0 / args.hidden**0.5
+    hidden = torch.randn(args.tokens, args.hidden, generator=generator)
+    head = torch.randn(args.vocab, args.hidden, generator=generator).mul_(scale)
+    teacher_hidden = torch.randn(args.tokens, args.hidden, generator=generator).mul_(0.5).add_(hidden)
+    teacher_head = torch.randn(args.vocab, args.hidden, generator=generator).mul_(0.3 * scale).add_(head)
+    targets = torch.randint(args.vocab, (args.tokens,), generator=generator)
+    return hidden.requires_grad_(), head.requires_grad_(), teacher_hidden, teacher_head, targets
+
+
+def naive(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
+    """Return the mean divergence; its backward pass is autograd's."""
+    student = torch.log_softmax(hidden @ head.T, dim=-1)
+    with torch.no_grad():
+        teacher = torch.log_softmax(teacher_hidden @ teacher_head.T, dim=-1)
+    return (student.exp() * (student - teacher)).sum(dim=-1).mean()
+
+
+class GradientInForward(torch.autograd.Function):
+    """The mean divergence; hidden states' and head's gradients are made with it and wait for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, teacher_hidden, teacher_head, chunk):
+        n = len(hidden)
+        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
+        lp, p, t = (torch.empty(chunk, len(head)) for _ in range(3))
+        total = 0.0
+        for start in range(0, n, chunk):
+            rows = slice(start, min(start + chunk, n))
+            size = rows.stop - start
+            for x, weight, out in ((hidden, head, lp), (teacher_hidden, teacher_head, t)):
+                torch.mm(x[rows], weight.T, out=out[:size])
+                torch.log_softmax(out[:size], dim=-1, out=out[:size])
+            torch.exp(lp[:size], out=p[:size])
+            t[:size].neg_().add_(lp[:size])
+            value = torch.mul(t[:size], p[:size], out=lp[:size]).sum(dim=-1)
+            total += value.sum().item()
+            t[:size].sub_(value[:, None]).mul_(p[:size]).div_(n)
+            grad_hidden[rows] = t[:size] @ head
+            grad_head.addmm_(t[:size].T, hidden[rows])
+        ctx.grads = grad_hidden, grad_head
+        return hidden.new_tensor(total / n)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return *(g.mul_(upstream) for g in ctx.grads), None, None, None
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Run one variant in this process; leave numbers and gradients in files."""
+    torch.set_num_threads(args.threads)
+    hidden, head, teacher_hidden, teacher_head, targets = inputs(args)
+    # Threads and kernels start up outside the measurement.
+    small = torch.randn(256, 256, requires_grad=True)
+    (small @ small.T).log_softmax(-1).sum().backward()
+    baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    if args.variant == "naive":
+        loss = naive(hidden, head, teacher_hidden, teacher_head)
+    elif args.variant == "in_forward":
+        loss = GradientInForward.apply(hidden, head, teacher_hidden, teacher_head, args.chunk_tokens)
+    else:
+        target = FullTarget("reverse_kl", teacher_hidden, Head(teacher_head))
+        loss = head_outputs(hidden, Head(head), targets, [target], chunk_tokens=args.chunk_tokens).divergences[0].mean()
+    middle = time.perf_counter()
+    loss.backward()
+    end = time.perf_counter()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gradients = (hidden.numel() + head.numel()) * 4
+    torch.save({"hidden": hidden.grad, "head": head.grad}, args.out.with_suffix(".pt"))
+    result = {
+        "forward": middle - start,
+        "backward": end - middle,
+        "seconds": end - start,
+        "extra": (peak - baseline) * 1024 - gradients,
+        "loss": loss.item(),
+    }
+    args.out.with_suffix(".json").write_text(json.dumps(result))
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--chunk_tokens", type=int, default=CHUNK_TOKENS)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.variant:
+        measure(args)
+        return
+    print(f"H={args.hidden} V={args.vocab} T={args.tokens} fp32, {args.threads} threads, chunks of {args.chunk_tokens}")
+    with tempfile.TemporaryDirectory() as folder:
+        results, paths = {}, {name: Path(folder) / name for name in args.variants}
+        for name, path in paths.items():
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--variant", name, "--out", str(path)], check=True)
+            results[name] = json.loads(path.with_suffix(".json").read_text())
+        report(results, paths)
+
+
+def report(results: dict[str, dict[str, float]], paths: dict[str, Path]) -> None:
+    base_name = next(iter(results))
+    base = results[base_name]
+    base_grads = torch.load(paths[base_name].with_suffix(".pt"), mmap=True)
+    print(
+        f"{'':12} {'forward s':>10} {'backward s':>11} {'total s':>8} {'ratio':>6} {'extra MB':>9} {'ratio':>6} "
+        f"{'loss':>10} {'loss err':>9} {'d hidden':>9} {'d head':>9}"
+    )
+    for name, row in results.items():
+        grads = torch.load(paths[name].with_suffix(".pt"), mmap=True)
+        print(
+            f"{name:12} {row['forward']:10.2f} {row['backward']:11.2f} {row['seconds']:8.2f} "
+            f"{row['seconds'] / base['seconds']:6.2f} {row['extra'] / 1e6:9.0f} {row['extra'] / base['extra']:6.3f} "
+            f"{row['loss']:10.6f} {abs(row['loss'] / base['loss'] - 1):9.1e} "
+            f"{relative(grads['hidden'], base_grads['hidden']):9.1e} {relative(grads['head'], base_grads['head']):9.1e}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""From trajectories to the tensors of one packed row that a loss is computed on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from roll_opd.algorithms.chunked_head import FullTarget, Head, HeadOutputs, SupportTarget
+from roll_opd.algorithms.loss import DivergenceLoss, Loss, LossInputs
+from roll_opd.distributed.strategy.base import TrainItem
+from roll_opd.distributed.strategy.packed_model import tensor_of
+from roll_opd.trajectory import REFERENCE, FloatArray, PackedBatch, RawTensor, SupportScores, Trajectory
+
+
+class RowTensors:
+    """A packed row and its per-token tensors, ``[n]`` over the sampled tokens in the row's order.
+
+    Args:
+        items: the row's trajectories.
+        loss: decides what is needed.
+        teacher_heads: output projections, for divergences over the whole vocabulary.
+        device: where the tensors go.
+
+    Attributes:
+        batch: the row.
+        token_weights: ``[n]``, each token's weight in the loss.
+        targets: what the head must compare the student with; one entry for each name in ``target_names``.
+    """
+
+    def __init__(
+        self, items: Sequence[TrainItem], loss: Loss, teacher_heads: Mapping[str, Head], device: torch.device
+    ) -> None:
+        self.trajectories = [item.trajectory for item in items]
+        self.counts = [t.response_length for t in self.trajectories]
+        self.device = device
+        self.batch = PackedBatch.pack(
+            [t.tokens for t in self.trajectories], [t.response_mask for t in self.trajectories]
+        )
+        self.token_weights = self._put(
+            np.repeat(np.array([i.token_weight for i in items], dtype=np.float32), self.counts)
+        )
+        self.teachers = sorted({name for t in self.trajectories for name in t.divergence_weights})
+        self.target_names: list[str] = []
+        self.targets: list[FullTarget | SupportTarget] = []
+        if loss.divergence is not None and loss.divergence.support != "sampled":
+            for name in self.teachers:
+                target = self._target(name, loss.divergence, teacher_heads, [i.token_weight > 0 for i in items])
+                if target is not None:
+                    self.target_names.append(name)
+                    self.targets.append(target)
+
+    def inputs(self, outputs: HeadOutputs) -> LossInputs:
+        """Combine what the model's head gave with what the trajectories carry."""
+        divergences = dict(zip(self.target_names, outputs.divergences, strict=True))
+        zeros = torch.zeros_like(outputs.logprobs_n)
+        return LossInputs(
+            logprobs=outputs.logprobs_n,
+            entropy=outputs.entropy_n,
+            old_logprobs=self._of(lambda t: t.old_logprobs),
+            advantages=self._of(lambda t: t.advantages),
+            policy_weights=self._of(lambda t: t.policy_weights, missing=1.0),
+            segments=self._put(np.repeat(np.arange(len(self.counts)), self.counts)),
+            num_segments=len(self.counts),
+            ref_logprobs=self._scores(REFERENCE) if self._scored_by(REFERENCE) else None,
+            teacher_logprobs={name: self._scores(name) for name in self.teachers},
+            divergences={name: divergences.get(name, zeros) for name in self.teachers},
+            divergence_weights={
+                name: self._of(lambda t, name=name: t.divergence_weights.get(name))  # type: ignore[misc]
+                for name in self.teachers
+            },
+        )
+
+    def _scored_by(self, name: str) -> bool:
+        return any(name in t.teacher_scores for t in self.trajectories)
+
+    def _scores(self, name: str) -> Tensor:
+        return self._of(lambda t: t.teacher_scores[name].logprobs if name in t.teacher_scores else None)
+
+    def _of(self, get: Callable[[Trajectory], FloatArray | None], missing: float = 0.0) -> Tensor:
+        """Gather a per-token array of every trajectory; ``missing`` stands where a trajectory has none."""
+        parts = []
+        for trajectory, count in zip(self.trajectories, self.counts, strict=True):
+            values = get(trajectory)
+            parts.append(np.full(count, missing, np.float32) if values is None else trajectory.sampled(values))
+        return self._put(np.concatenate(parts).astype(np.float32))
+
+    def _target(
+        self, teacher: str, spec: DivergenceLoss, heads: Mapping[str, Head], counted: Sequence[bool]
+    ) -> FullTarget | SupportTarget | None:
+        """What ``teacher`` says about the tokens that it covers; None when it covers none of this row."""
+        starts = np.cumsum([0, *self.counts])
+        covered = [i for i, t in enumerate(self.trajectories) if counted[i] and teacher in t.divergence_weights]
+        if not covered:
+            return None
+        rows = self._put(np.concatenate([np.arange(starts[i], starts[i + 1]) for i in covered]))
+        details = [self.trajectories[i].teacher_scores[teacher].details for i in covered]
+        if spec.support == "full":
+            assert all(isinstance(d, RawTensor) for d in details), "hidden states were not fetched"
+            hidden = torch.cat([tensor_of(d, self.device) for d in details])
+            return FullTarget(spec.divergence, hidden, heads[teacher], spec.jsd_beta, rows)
+        assert all(isinstance(d, SupportScores) for d in details), "top-k scores were not fetched"
+        widest = max(d.ids.shape[1] for d in details)
+
+        def padded(array: np.ndarray[Any, Any], fill: float) -> np.ndarray[Any, Any]:
+            return np.pad(array, ((0, 0), (0, widest - array.shape[1])), constant_values=fill)
+
+        ids = np.concatenate([padded(d.ids, -1) for d in details]).astype(np.int64)
+        logprobs = np.concatenate([padded(d.logprobs, -np.inf) for d in details])
+        tail = self._put(np.concatenate([d.tail for d in details])) if spec.add_tail else None
+        return SupportTarget(spec.divergence, self._put(ids), self._put(logprobs), tail, spec.jsd_beta, rows)
+
+    def _put(self, array: np.ndarray[Any, Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
