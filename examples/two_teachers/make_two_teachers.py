@@ -42,10 +42,11 @@ WRONG_SHARE = 0.2
 UNSORTED_SHARE = 0.35
 HINTED_SHARE = 0.3
 
+TEACHER_SHAPE = {"hidden_size": 64, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate_size": 160}
 SHAPE = {"hidden_size": 96, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate_size": 256}
 TRAINING = {"batch_size": 64, "learning_rate": 3e-3, "warmup_steps": 20}
-TEACHER_STEPS = 400
-STUDENT_STEPS = 900
+TEACHER_STEPS = 600
+STUDENT_STEPS = 1200
 
 # The user's message and the assistant's reply.
 Example = tuple[str, str]
@@ -197,7 +198,7 @@ def make_all(output_dir: Path, seed: int, names: Sequence[str] = tuple(MODELS)) 
     excluded = {task.digits_of_row(row) for row in validation}
     for name in names:
         make_example, steps = MODELS[name]
-        recipe = quickstart.Recipe(**SHAPE, **TRAINING, steps=steps)
+        recipe = quickstart.Recipe(**(TEACHER_SHAPE if name.startswith("teacher") else SHAPE), **TRAINING, steps=steps)
         rng = random.Random(f"{name}-{seed}")
 
         def draw(

@@ -385,14 +385,18 @@ class _HeadFunction(torch.autograd.Function):
                 if isinstance(target, FullTarget):
                     _logprobs(target.hidden_mH[part.of_teacher], target.head, t)
                     rows_p = part.rows(p, buffers, "rows_p")
-                    value_n[at], extra_n[at] = _full_value(target, rows_lp, rows_p, t, buffers)
+                    value, extra_n[at] = _full_value(target, rows_lp, rows_p, t, buffers)
                 else:
                     support = _Support.of(target.ids_mK[part.of_teacher], len(weight))
                     tail = None if target.tail_m is None else support.tail(rows_lp, t)
                     student, teacher = _support_buckets(target, part, support, rows_lp, tail)
-                    value_n[at] = bucket_divergence(target.divergence, student, teacher, target.jsd_beta)
+                    value = bucket_divergence(target.divergence, student, teacher, target.jsd_beta)
                     if tail is not None:
                         extra_n[at] = tail
+                if isinstance(target, FullTarget) or target.tail_m is not None:
+                    # Between two distributions it is never negative; its rounding error is, where they agree.
+                    value = value.clamp(min=0.0)
+                value_n[at] = value
         ctx.job = job
         ctx.save_for_backward(hidden, weight, bias, entropy, *extras)
         return logprobs, entropy, *values

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union
 
 from roll_opd.configs.field_spec import PARSE, RANGE
-from roll_opd.configs.roll_compat import OTHER_PIPELINES, PLACEHOLDER, RollKey, ignored_keys, roll_keys, spellings
+from roll_opd.configs.roll_compat import HANDED_ON, OTHER_PIPELINES, PLACEHOLDER, RollKey, ignored_keys, roll_keys, spellings
 from roll_opd.errors import ConfigError
 
 T = TypeVar("T")
@@ -120,12 +120,24 @@ class Builder:
         if parse is not None:
             value = parse(value, self.shown(path))
         value = self._value(hint, value, path)
+        if field.name in HANDED_ON and isinstance(value, Mapping):
+            self._near_misses(field.name, value, path)
         bounds = field.metadata.get(RANGE)
         if bounds is not None and value is not None:
             problem = bounds.problem(value)
             if problem:
                 raise ConfigError(self.shown(path), problem)
         return value
+
+    def _near_misses(self, name: str, value: Mapping[Any, Any], path: str) -> None:
+        """Refuse misspelled keys in a block whose other keys are its recipient's business."""
+        words = HANDED_ON[name]
+        blocks = {f"{path}.{tag}": one for tag, one in value.items()} if name == "custom_envs" else {path: value}
+        for where, block in blocks.items():
+            for key in block if isinstance(block, Mapping) else ():
+                close = [word for word in sorted(words) if one_edit_apart(str(key), word)]
+                if key not in words and close:
+                    raise ConfigError(self.shown(f"{where}.{key}"), f"unknown key{did_you_mean(key, close)}")
 
     def _unknown(self, cls: type, key: Any, value: Any, path: str, at_top: bool) -> None:
         known = roll_keys(cls)

@@ -103,10 +103,8 @@ def launch_blockers(loaded: LoadedConfig) -> list[ConfigError]:
     if config.validation is not None:
         found += _changed(config.validation.generating_args, NOT_YET_GENERATING, "validation.generating_args")
     for path, data in _data_blocks(config, names).items():
-        if data.dataset_type not in ("json", "jsonl"):
-            found.append(ConfigError(f"{path}.dataset_type", f"{data.dataset_type!r} {_SUFFIX}; use json (JSON lines)"))
-        if len(data.domain_interleave_probs or {}) > 1:
-            problem = f"mixing of several domains {_SUFFIX}; remove it to take rows as they come"
+        if path == "validation.data_args" and data.domain_interleave_probs:
+            problem = "validation takes its prompts as they stand and would ignore this; remove it"
             found.append(ConfigError(f"{path}.domain_interleave_probs", problem))
     for name, reward in config.rewards.items():
         found += _changed(reward, NOT_YET_REWARD, f"rewards.{name}")

@@ -353,6 +353,33 @@ OTHER_PIPELINES: dict[str, str] = {
     "reward_system_config": "video",
 }
 
+# Blocks that are handed on as they are, and words that are usual in them: a near miss of one is a typo, another key is
+# the recipient's business. By the name of the field; under `custom_envs` the words are one level deeper.
+HANDED_ON: dict[str, frozenset[str]] = {
+    "strategy_config": split_names("""
+        tensor_parallel_size pipeline_parallel_size gpu_memory_utilization block_size load_format sleep_level
+        max_model_len max_num_batched_tokens max_num_seqs enforce_eager enable_prefix_caching disable_log_stats
+        distributed_executor_backend limit_mm_per_prompt additional_configs cuda_graph_sizes cudagraph_capture_sizes
+        mem_fraction_static enable_memory_saver
+        tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size
+        context_parallel_size expert_model_parallel_size sequence_parallel use_distributed_optimizer
+        distrib_optim_fully_reshardable overlap_grad_reduce recompute_granularity recompute_modules
+        pipeline_model_parallel_layout account_for_loss_in_pipeline_split account_for_embedding_in_pipeline_split
+        moe_token_dispatcher_type moe_grouped_gemm moe_layer_recompute moe_aux_loss_coeff moe_shared_expert_overlap
+        apply_rope_fusion bias_activation_fusion cross_entropy_loss_fusion optimization_level max_grad_norm
+        apply_expert_patch apply_tiled_mlp tiled_num_shards use_batched_model_update
+        fsdp_size efsdp_size ep_size param_dtype reduce_dtype reshard_after_forward offload_policy wrap_policy
+        moe_use_grouped_mm
+    """),
+    "tracker_kwargs": split_names("log_dir api_key project name notes tags"),
+    "filter_args": split_names("threshold_up threshold_down std_threshold"),
+    "custom_envs": split_names("""
+        env_type env_config env_manager_cls agent_runner_cls max_steps max_tokens_per_step use_thread_lock
+        history_length agent_system_template agent_template pre_step_template next_step_template
+        max_env_step_concurrent tool_wrapper
+    """),
+}
+
 # Trackers that only ROLL's makers can reach.
 PRIVATE_TRACKERS = ("ml_tracker",)
 

@@ -1,8 +1,8 @@
 """The prompts that a teacher sees when it knows more than the student.
 
 A teacher of self-distillation is the student's own model with a hint or the reference answer in its prompt
-(on-policy self-distillation: Zhao et al. 2026, arXiv:2601.18734; Hübotter et al. 2026, arXiv:2601.20802). The student's
-tokens follow that prompt as they stand, so both prompts must end in the same way.
+(on-policy self-distillation: Zhao et al. 2026, arXiv:2601.18734). The student's tokens follow that prompt as they
+stand, so both prompts must end in the same way.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def encode_contexts(
     The template's text takes the place of the last user message; system messages, earlier turns and what follows stay.
     The conversation then takes the same way as the student's (:func:`~roll_opd.datasets.prompts.encode_prompts`).
     In the template stand ``prompt`` (the last user message, or the bare prompt), ``messages``, ``ground_truth``,
-    ``hint``, ``id``, ``tag``, ``source``, ``difficulty``, ``test_cases``, and the row's other columns under their names;
-    what a row does not give is undefined. It runs in Jinja's sandbox.
+    ``hint``, ``id``, ``tag``, ``source``, ``difficulty``, ``test_cases``, and the row's other columns under their
+    names; what a row does not give is undefined. It runs in Jinja's sandbox.
 
     Without ``apply_chat_template`` the response follows the rendered text directly, so the template should end as the
     prompt does.
@@ -132,15 +132,7 @@ def _context_text(row: Row, template: Template) -> str:
         ) from error
     except UnicodeEncodeError as error:
         raise DataError(f"{row.where}: the rendered context template holds an unpaired surrogate") from error
-    except (
-        TemplateError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        LookupError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         # Whatever an expression of the template can raise: it is the user's code.
         raise DataError(f"{row.where}: the context template fails on this row: {error}") from error
     if not text.strip():

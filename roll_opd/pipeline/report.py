@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from roll_opd.configs.loader import LoadedConfig, config_without_secrets
 from roll_opd.configs.pipeline_config import PipelineConfig
+from roll_opd.pipeline.formula import formula
 from roll_opd.trajectory import Trajectory
 from roll_opd.utils.console import ProgressConsole, print_summary
 from roll_opd.utils.files import set_aside, truncate_jsonl
@@ -207,46 +208,22 @@ class RunReport:
         return summary
 
 
-def formula(config: PipelineConfig) -> str:
-    """The training signal in force, in one line."""
-    args = config.opd_args
-    source = {"train": "trainer", "infer": "engine"}[args.student_logprob_source]
-    terms = " + ".join(
-        f"{config.teacher_coef(name):g} * {_score(config, f'(logprob_{name} - logprob_student)')}"
-        for name in config.teachers
-    )
-    clipped = "" if args.log_ratio_clip is None else f", log-ratio clipped to +-{args.log_ratio_clip:g}"
-    if config.advantage_clip is not None:
-        clipped += f", advantage clipped to +-{config.advantage_clip:g}"
-    origin = f"student logprobs from the {source}{clipped}"
-    return f"{args.divergence}: advantage A_t = {terms} on sampled tokens; {origin}; {config.loss_agg_mode}"
-
-
-def _score(config: PipelineConfig, log_ratio: str) -> str:
-    """The score of a sampled token, from ``log(teacher / student)``; see :mod:`roll_opd.algorithms.divergences`."""
-    if config.opd_args.divergence == "forward_kl":
-        return f"(exp{log_ratio} - 1)"
-    if config.opd_args.divergence == "jsd":
-        beta = config.opd_args.jsd_beta
-        return f"{1 - beta:g} log({beta:g} exp{log_ratio} + {1 - beta:g})"
-    return log_ratio
-
-
 def sample_view(t: Trajectory, step: int, tokenizer: PreTrainedTokenizerBase, config: PipelineConfig) -> SampleView:
     """A trajectory as the sample page shows it."""
     positions = t.response_mask.nonzero()[0].tolist()
     student = t.old_logprobs if t.old_logprobs is not None else t.infer_logprobs
-    # What was trained on; validation has no advantage, so there it is the log-ratio, whatever the divergence.
+    # What was trained on. Validation has no advantage, and a divergence that is back-propagated needs none: there it
+    # is the log-ratio.
     advantages = t.advantages
-    if advantages is None:
-        terms = [config.teacher_coef(name) * (s.logprobs - student) for name, s in t.teacher_scores.items()]
+    if advantages is None or t.divergence_weights:
+        terms = [config.teacher_coef(name) * (t.teacher_scores[name].logprobs - student) for name in t.teachers]
         advantages = np.sum(terms, axis=0) if terms else np.zeros(len(t), dtype=np.float32)
     special = set(tokenizer.all_special_ids)
     tokens = [
         TokenView(
             text=str(tokenizer.decode([int(t.tokens[p])], skip_special_tokens=False)),
             logprob_student=float(student[p]),
-            logprob_teacher={name: float(s.logprobs[p]) for name, s in t.teacher_scores.items()},
+            logprob_teacher={name: float(t.teacher_scores[name].logprobs[p]) for name in t.teachers},
             advantage=float(advantages[p]),
             special=int(t.tokens[p]) in special,
         )

@@ -305,9 +305,10 @@ def table(reference: Arrays, request: pytest.FixtureRequest) -> Iterator[list[st
     """Rows as they are measured; printed at the end, whatever is captured."""
     rows: list[str] = []
     yield rows
-    reporter = request.config.pluginmanager.getplugin("terminalreporter")
-    if reporter is not None and rows:
-        head = ["", f"TRL {reference['version']}", "| ours | TRL | dtype | value | gradient |", "|---|---|---|---|---|"]
+    plugins = request.config.pluginmanager
+    reporter, capture = plugins.getplugin("terminalreporter"), plugins.getplugin("capturemanager")
+    head = ["", f"TRL {reference['version']}", "| ours | TRL | dtype | value | gradient |", "|---|---|---|---|---|"]
+    with capture.global_and_fixture_disabled():
         for line in head + rows:
             reporter.write_line(line)
 

@@ -8,17 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from roll_opd.algorithms.reward_shaping import query_filter
-from roll_opd.configs.data_args import DataArguments
 from roll_opd.configs.generating_args import GeneratingArguments
 from roll_opd.configs.pipeline_config import RLVRConfig
-from roll_opd.datasets.prompts import Prompt, encode_prompts
-from roll_opd.datasets.rows import Columns, read_rows
-from roll_opd.datasets.sampling import PromptOrder
+from roll_opd.datasets.prompts import Prompt
 from roll_opd.distributed.strategy.base import Sampling
 from roll_opd.distributed.strategy.tokenizer import check_same_vocabulary, load_tokenizer
-from roll_opd.errors import ConfigError, DataError
+from roll_opd.errors import ConfigError
 from roll_opd.pipeline.base_pipeline import BasePipeline
 from roll_opd.pipeline.metrics import reverse_kl, reward_metrics
+from roll_opd.pipeline.rlvr.prompt_source import read_prompts
 from roll_opd.pipeline.role_clusters import RoleClusters, want_of
 from roll_opd.pipeline.trajectory_stream import TrajectoryStream
 from roll_opd.rewards import resolve_reward
@@ -42,51 +40,12 @@ class RLVRPipeline(BasePipeline):
         for name, reward in config.rewards.items():
             resolve_reward(reward.worker_cls or "", f"rewards.{name}.worker_cls")
         self._check_context_lengths()
-        data = config.actor_train.data_args
-        if data is None or not data.file_name:
-            raise ConfigError(f"{names['actor_train']}.data_args.file_name", "names no file to train on")
-        self.prompts = self._read(data, f"{names['actor_train']}.data_args")
-        self.prompts = self._covered(self.prompts)
-        self.order = PromptOrder(len(self.prompts), config.seed, data.shuffle)
-        self.contexts = self._contexts()
-        self.val_prompts: list[Prompt] = []
-        if config.validation is not None and config.validation.data_args.file_name and config.eval_steps > 0:
-            prompts = self._read(config.validation.data_args, "validation.data_args")
-            self.val_prompts = prompts[: config.validation.max_prompts]
-
-    def _read(self, data: DataArguments, field: str) -> list[Prompt]:
-        columns = Columns(
-            id=data.id, tag=data.tag, prompt=data.prompt or "prompt", messages=data.messages or "messages"
-        )
-        folder = Path(data.dataset_dir) if data.dataset_dir else None
-        try:
-            rows, read = read_rows(data.file_name, columns=columns, on_bad_row=data.on_bad_row, dataset_dir=folder)
-        except DataError as error:
-            raise DataError(f"{field}.file_name: {error}") from error
-        extra = {} if data.enable_thinking is None else {"enable_thinking": data.enable_thinking}
-        prompts, encoded = encode_prompts(
-            rows,
-            self.tokenizer,
-            prompt_length=self.config.prompt_length,
-            apply_chat_template=data.apply_chat_template,
-            chat_template_kwargs=extra,
-        )
-        logger.info("%s: %s; %s", field, read, encoded)
-        self.report.note(
-            f"rows_{'train' if field.startswith(self.loaded.yaml_names['actor_train']) else 'validation'}",
-            {
-                "read": read.read,
-                "bad": read.bad,
-                "kept": read.kept,
-                "dropped_overlong": encoded.dropped_overlong,
-                "used": encoded.used,
-            },
-        )
-        return prompts
-
-    def _contexts(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """For each teacher that sees another prompt than the student: row -> its token ids."""
-        return {}
+        args = config.opd_args
+        if self.loss.divergence is not None and args.support.endswith("topk") and args.top_k > len(self.tokenizer):
+            raise ConfigError(
+                "opd_args.top_k", f"{args.top_k} is more than the vocabulary of {len(self.tokenizer)} tokens; lower it"
+            )
+        self.source = read_prompts(self.loaded, self.tokenizer, self.report.note)
 
     def _check_context_lengths(self) -> None:
         """Refuse sequences that a model's positions do not reach (read from ``config.json``, where it is on disk)."""
@@ -101,28 +60,6 @@ class RLVRPipeline(BasePipeline):
                     "response_length",
                     f"prompt_length + response_length = {wanted} tokens, but {name} reaches {limit}; shorten them",
                 )
-
-    def _covered(self, prompts: list[Prompt]) -> list[Prompt]:
-        """Keep the prompts that some teacher covers; without one there is no signal to train on.
-
-        Raises:
-            DataError: a tag is not covered and ``opd_args.uncovered`` does not say to skip it.
-        """
-        covered = [set(t.tag_included) for t in self.config.teachers.values()]
-        if not covered or any(not tags for tags in covered) or self.config.opd_args.uncovered == "reward_only":
-            return prompts
-        every = set().union(*covered)
-        missing = sorted({p.row.tag for p in prompts} - every)
-        kept = [p for p in prompts if p.row.tag in every]
-        self.report.note("rows_without_teacher", len(prompts) - len(kept))
-        if missing and (self.config.opd_args.uncovered == "error" or not kept):
-            raise DataError(
-                f"no teacher covers the tag {missing[0]!r} ({len(missing)} uncovered tag(s) in the data); add it to a "
-                f"teacher's tag_included, leave tag_included out to cover every tag, or set opd_args.uncovered: skip"
-            )
-        if missing:
-            logger.warning("%d prompts without a teacher are skipped, tags %s", len(prompts) - len(kept), missing[:5])
-        return kept
 
     # ---- where trajectories come from ----------------------------------------------------------------------------
 
@@ -143,7 +80,7 @@ class RLVRPipeline(BasePipeline):
             seed=config.seed,
             group_size=config.num_return_sequences_in_group,
             sampling=sampling,
-            contexts=self.contexts_of if self.contexts else None,
+            contexts=self.source.contexts_of if self.source.contexts else None,
             keep_group=self.keeps if filters and self.signal.uses_rewards else None,
             extra_draws=extra,
             deadline=config.rpc_timeout,
@@ -151,11 +88,7 @@ class RLVRPipeline(BasePipeline):
 
     def prompt_of(self, draw: int) -> Prompt:
         """See :class:`~roll_opd.pipeline.base_pipeline.BasePipeline`."""
-        return self.prompts[self.order.index(draw)]
-
-    def contexts_of(self, prompt: Prompt) -> dict[str, tuple[int, ...]]:
-        """What each teacher with a context of its own sees in place of ``prompt``."""
-        return {name: contexts[prompt.row.where] for name, contexts in self.contexts.items()}
+        return self.source.prompt_of(draw)
 
     def keeps(self, group: list[Trajectory]) -> bool:
         """Whether the filter of the reward that graded ``group`` lets it train; an ungraded group never does."""
@@ -171,18 +104,20 @@ class RLVRPipeline(BasePipeline):
     def validate(self) -> None:
         """Sample held-out prompts with fixed seeds; accuracy by the rewards, reverse KL by the teachers."""
         validation = self.config.validation
-        if not self.val_prompts or validation is None:
+        if not self.source.validation or validation is None:
             return
         sampling = sampling_of(validation.generating_args, self.config.response_length)
         num_samples = validation.generating_args.num_return_sequences or 1
         with self.report.phase("validation"):
-            batch = self.stream.validate(self.val_prompts, num_samples, sampling, validation.seed)
+            batch = self.stream.validate(self.source.validation, num_samples, sampling, validation.seed)
             samples = self.stream.verdicts(batch, patience=None)
             metrics = validation_metrics(samples, sampling)
             self.report.validation(self.step, metrics, samples, self.tokenizer)
             if validation.teacher_accuracy and not self.report.has("teacher_accuracy"):
                 teachers = [w for name in self.config.teachers for w in self.clusters.scorers[name].workers]
-                by_teacher = self.stream.validate(self.val_prompts, num_samples, sampling, validation.seed, teachers)
+                by_teacher = self.stream.validate(
+                    self.source.validation, num_samples, sampling, validation.seed, teachers
+                )
                 graded = self.stream.verdicts(by_teacher, patience=None)
                 self.report.note("teacher_accuracy", reward_metrics(graded, "val").get("val/accuracy"))
 

@@ -124,7 +124,9 @@ def assert_same(got: list[Tensor], expected: list[Tensor], tolerance: float = 1e
 @pytest.mark.parametrize("support", SUPPORTS)
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
 @pytest.mark.parametrize("chunk", [1, 3, TOKENS])
-def test_value_and_gradient_are_the_naive_ones(support: str, divergence: str, soft_cap: float | None, chunk: int) -> None:
+def test_value_and_gradient_are_the_naive_ones(
+    support: str, divergence: str, soft_cap: float | None, chunk: int
+) -> None:
     inputs, upstream = student(soft_cap), normal(3, TOKENS, seed=8)
     upstream[:2] = 0  # the divergence alone
     targets = [build(support, divergence)]
@@ -143,7 +145,9 @@ def test_without_a_tail_the_sum_is_over_the_set(support: str, divergence: str) -
 
 @pytest.mark.parametrize("chunk", [1, 3, TOKENS])
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
-@pytest.mark.parametrize("supports", [("full", "full"), ("full", "union"), ("teacher_topk", "full"), ("union", "union")])
+@pytest.mark.parametrize(
+    "supports", [("full", "full"), ("full", "union"), ("teacher_topk", "full"), ("union", "union")]
+)
 @pytest.mark.parametrize("rows", [(None, [5, 0, 3]), ([6], [1, 2, 4]), ([0, 1, 2], None), ([4, 2], [])])
 def test_several_teachers_and_all_upstream_gradients(supports, rows, soft_cap: float | None, chunk: int) -> None:
     """Logprob, entropy and two divergences at once; each teacher covers its own rows, in any order."""
@@ -169,7 +173,9 @@ def test_outputs_that_no_loss_uses_cost_no_gradient(used: list[int]) -> None:
     assert_same(run(head_outputs, *student(), targets, upstream, chunk_tokens=2), expected)
 
 
-@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)])
+@pytest.mark.parametrize(
+    "wanted", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)]
+)
 def test_only_what_asks_for_a_gradient_gets_one(wanted: tuple[bool, bool, bool]) -> None:
     hidden, head, targets = student()
     assert head.bias_V is not None
@@ -226,9 +232,12 @@ def test_with_a_tail_never_negative_and_below_the_full_one(divergence: str) -> N
         _, ids, logprobs, tail = support_scores(hidden, other, targets, 10)
         assert ids is not None and logprobs is not None
         coarse, full = head_outputs(
-            hidden, head, targets, [SupportTarget(divergence, ids, logprobs, tail), FullTarget(divergence, hidden, other)]
+            hidden,
+            head,
+            targets,
+            [SupportTarget(divergence, ids, logprobs, tail), FullTarget(divergence, hidden, other)],
         ).divergences
-        assert coarse.min() >= -2e-7
+        assert coarse.min() >= 0
         assert (full - coarse).min() >= -1e-6
         assert full.max() > 0
 
@@ -238,7 +247,9 @@ def test_the_students_tail_does_not_cancel() -> None:
     logits = torch.tensor([[25.0, 0.0, math.log(0.5), -1e9]])
     got = tail_logprob(logits, torch.tensor([[0, -1]]))
     assert got.item() == pytest.approx(-25 + math.log(1.5), rel=1e-6)
-    target = SupportTarget("reverse_kl", torch.tensor([[0]]), torch.tensor([[math.log(0.5)]]), torch.tensor([math.log(0.5)]))
+    target = SupportTarget(
+        "reverse_kl", torch.tensor([[0]]), torch.tensor([[math.log(0.5)]]), torch.tensor([math.log(0.5)])
+    )
     weight = logits.T.clone().requires_grad_()
     out = head_outputs(torch.ones(1, 1), Head(weight), torch.tensor([0]), [target])
     out.divergences[0].sum().backward()
@@ -438,9 +449,7 @@ def test_no_tensor_is_tokens_times_vocabulary(support: str) -> None:
         else:
             given = None if support == "teacher_topk" else torch.arange(3).expand(n, 3)
             top_k = 0 if support == "student_topk" else 3
-            _, ids, logprobs, tail = support_scores(
-                hidden, t_head, targets, top_k, given, chunk_tokens=chunk
-            )
+            _, ids, logprobs, tail = support_scores(hidden, t_head, targets, top_k, given, chunk_tokens=chunk)
             assert ids is not None and logprobs is not None
             divergences = [SupportTarget("jsd", ids, logprobs, tail)]
         out = head_outputs(hidden, head, targets, divergences, chunk_tokens=chunk)
@@ -483,7 +492,9 @@ def test_support_scores_are_the_naive_ones(kind: str, chunk: int) -> None:
     best = everything.topk(K, -1).indices
     duplicates = 0
     for i in range(TOKENS):
-        asked = ([] if kind == "student_topk" else best[i].tolist()) + ([] if kind == "teacher_topk" else given[i].tolist())
+        asked = ([] if kind == "student_topk" else best[i].tolist()) + (
+            [] if kind == "teacher_topk" else given[i].tolist()
+        )
         seen: list[int] = []
         expected = [seen.append(v) or v if v >= 0 and v not in seen else -1 for v in asked]
         duplicates += sum(v >= 0 for v in asked) - len(seen)

@@ -10,9 +10,8 @@ import pytest
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from roll_opd.configs.worker_config import TeacherConfig
-from roll_opd.distributed.strategy.base import ScoreRequest
 from roll_opd.errors import ModelError, TeacherError
-from roll_opd.pipeline.teacher_pool import TeacherPool, accept
+from roll_opd.pipeline.teacher_pool import TeacherPool, accept, request_for
 
 
 def pool_of(*workers, **settings) -> TeacherPool:
@@ -173,15 +172,11 @@ def test_unusable_scores_are_rejected_and_asked_of_another_replica(fakes, kind) 
 
 def test_values_off_the_mask_are_free_and_dropped(fakes) -> None:
     t = fakes.trajectory(1)
-    (result,) = fakes.good_scores([t_request(t)])
+    (result,) = fakes.good_scores([request_for(t, "default")])
     logprobs = np.where(t.response_mask, result.logprobs, np.nan).astype(np.float32)
-    accepted = accept(t, dataclasses.replace(result, logprobs=logprobs))
+    accepted = accept(t, request_for(t, "default"), dataclasses.replace(result, logprobs=logprobs))
     assert accepted.logprobs[~t.response_mask].tolist() == [0.0, 0.0]
     assert accepted.logprobs.dtype == np.float32
-
-
-def t_request(t):
-    return ScoreRequest(t.id, t.tokens, t.response_mask)
 
 
 def test_a_single_replica_is_tried_again(fakes) -> None:

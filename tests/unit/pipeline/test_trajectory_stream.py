@@ -20,7 +20,7 @@ from roll_opd.datasets.rows import Row
 from roll_opd.distributed.strategy.base import GenerateRequest, GenerateResult, Sampling
 from roll_opd.errors import GenerationError, TeacherError
 from roll_opd.pipeline.reward_pool import RewardPool
-from roll_opd.pipeline.trajectory_stream import Draw, TrajectoryStream
+from roll_opd.pipeline.trajectory_stream import TrajectoryStream
 from roll_opd.rewards.base import RewardResult
 from roll_opd.trajectory import TeacherScores, Trajectory, TrajectoryId
 
@@ -113,12 +113,16 @@ def make_stream():
         stream.close()
 
 
-def draws(batch: int, size: int = 5) -> list[Draw]:
-    return [Draw(batch * size + i, prompt(batch * size + i)) for i in range(size)]
+SIZE = 5
+
+
+def start(stream: TrajectoryStream, first: int, last: int, prompt_of: Callable[[int], Prompt] = prompt) -> None:
+    """Batches ``first .. last - 1`` of five groups, none of which is filtered."""
+    stream.start(prompt_of, SIZE, SIZE * first, first, last)
 
 
 def one_batch(stream: TrajectoryStream):
-    stream.start(draws, 0, 1)
+    start(stream, 0, 1)
     stream.weights_ready(0)
     return stream.collect()
 
@@ -331,10 +335,10 @@ def test_a_failure_stops_the_other_engines(make_stream, culprit) -> None:
 def test_an_error_while_drawing_is_raised_by_collect(make_stream) -> None:
     stream = make_stream([Engine()])
 
-    def bad(_batch):
+    def bad(_draw):
         raise RuntimeError("no data")
 
-    stream.start(bad, 0, 1)
+    start(stream, 0, 1, bad)
     stream.weights_ready(0)
     with pytest.raises(RuntimeError, match="no data"):
         stream.collect()
@@ -353,7 +357,7 @@ def test_a_batch_does_not_start_before_its_weights(make_stream) -> None:
     version = -1
     engine = Engine(version=lambda: version)
     stream = make_stream([engine])
-    stream.start(draws, 0, 5)
+    start(stream, 0, 5)
     settle(stream)
     assert engine.calls == []
     for batch in range(5):
@@ -371,7 +375,7 @@ def test_generation_runs_ahead_by_the_bound_and_no_further(make_stream, bound) -
     version = 0
     engine = Engine(version=lambda: version)
     stream = make_stream([engine], bound=bound)
-    stream.start(draws, 0, 9)
+    start(stream, 0, 9)
     for batch in range(3):
         version = batch
         stream.weights_ready(batch)
@@ -385,14 +389,14 @@ def test_generation_runs_ahead_by_the_bound_and_no_further(make_stream, bound) -
 def test_nothing_is_generated_before_any_weights_were_given(make_stream) -> None:
     engine = Engine()
     stream = make_stream([engine], bound=1)
-    stream.start(draws, 0, 2)
+    start(stream, 0, 2)
     settle(stream)
     assert engine.calls == []
 
 
 def test_tokens_older_than_the_bound_are_refused(make_stream) -> None:
     stream = make_stream([Engine(version=lambda: 0)])
-    stream.start(draws, 0, 2)
+    start(stream, 0, 2)
     stream.weights_ready(0)
     stream.collect()
     stream.weights_ready(1)
@@ -403,7 +407,7 @@ def test_tokens_older_than_the_bound_are_refused(make_stream) -> None:
 def test_a_resumed_stream_counts_on(make_stream) -> None:
     engine = Engine(version=lambda: 3)
     stream = make_stream([engine])
-    stream.start(draws, 3, 4)
+    start(stream, 3, 4)
     stream.weights_ready(3)
     assert stream.collect().trajectories[0].id == TrajectoryId(15, 0)
 
@@ -412,7 +416,7 @@ def test_validation_between_batches(make_stream) -> None:
     version = 0
     engine, other = Engine(version=lambda: version), Engine(version=lambda: 9)
     stream = make_stream([engine])
-    stream.start(draws, 0, 2)
+    start(stream, 0, 2)
     prompts = [prompt(i) for i in range(3)]
     greedy = Sampling(max_new_tokens=4, greedy=True)
     stream.weights_ready(0)
@@ -452,7 +456,7 @@ def test_close_ends_the_thread(make_stream, state) -> None:
     engine = {"generating": Stuck(), "failed": Engine(lambda results: [])}.get(state, Engine())
     stream = make_stream([engine])
     if state != "idle":
-        stream.start(draws, 0, 2)
+        start(stream, 0, 2)
     if state in ("generating", "done", "failed"):
         stream.weights_ready(0)
     if state == "generating":

@@ -159,7 +159,8 @@ def test_a_bias_of_the_head_counts_and_its_padding_does_not(vocabulary, random_m
         head.bias.copy_(bias)
     model.lm.lm_head = head
     batch = PackedBatch.pack([s.tokens for s in sequences], [s.response_mask for s in sequences])
-    logprobs, entropy, target = model.token_logprobs(batch)
+    outputs, target = model.token_logprobs(batch)
+    logprobs, entropy = outputs.logprobs_n, outputs.entropy_n
     (logprobs.sum() + entropy.sum()).backward()
 
     with torch.no_grad():
@@ -180,7 +181,7 @@ def test_gradients_equal_those_of_a_plain_forward(vocabulary, random_model, sequ
     args = ModelArguments(random_model, dtype="fp32")
     model = load_model(args, role="student_train", vocab_size=vocabulary.size, device=torch.device("cpu"))
     batch = PackedBatch.pack([s.tokens for s in sequences], [s.response_mask for s in sequences])
-    logprobs, _, _ = model.token_logprobs(batch)
+    logprobs = model.token_logprobs(batch)[0].logprobs_n
     (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
 
     plain = AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32, attn_implementation="eager")
@@ -311,5 +312,5 @@ def test_dropout_of_a_model_is_switched_off(tiny_models, tmp_path) -> None:
     tokens, mask = np.arange(3, 23, dtype=np.int32), np.arange(20) > 4
     batch = PackedBatch.pack([tokens], [mask])
     model.train()
-    first, second = (model.token_logprobs(batch)[0] for _ in range(2))
+    first, second = (model.token_logprobs(batch)[0].logprobs_n for _ in range(2))
     assert torch.equal(first, second)

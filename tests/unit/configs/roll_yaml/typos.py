@@ -12,7 +12,7 @@ from typing import Any
 from roll_opd.configs import AgenticConfig, PipelineConfig, RLVRConfig, TeacherConfig
 from roll_opd.configs.builder import field_types
 from roll_opd.configs.roles import STUDENT_ROLES, is_single_teacher
-from roll_opd.configs.roll_compat import roll_keys, spellings
+from roll_opd.configs.roll_compat import HANDED_ON, roll_keys, spellings
 
 Path = tuple[Any, ...]
 
@@ -20,8 +20,8 @@ Path = tuple[Any, ...]
 def checked_keys(raw: Mapping[str, Any], launcher: str) -> Iterator[tuple[Path, set[str]]]:
     """Paths of the keys of ``raw`` that a class of ours (or ROLL's) defines, each with all keys known beside it.
 
-    Names that the user chooses (teachers, rewards, tags, domains) and settings that are handed on as they are
-    (strategy_config, custom_envs, tracker_kwargs, system_envs) are nobody's typo.
+    Names that the user chooses (teachers, rewards, tags, domains) are nobody's typo, nor are keys that are handed on as
+    they are, except the usual words among them.
     """
     agentic = launcher == "agentic" or raw.get("pure_opd_pipeline_type") == "agentic"
     cls: type[PipelineConfig] = AgenticConfig if agentic else RLVRConfig
@@ -55,15 +55,18 @@ def _inside(hint: Any, raw: Any, path: Path) -> Iterator[tuple[Path, set[str]]]:
         return
     types, theirs = field_types(typing.cast(type, cls)), roll_keys(typing.cast(type, cls))
     for key, value in raw.items():
-        # A variable of the file's own is found by its reader, if it has one; see test_a_misspelled_variable.
-        if key in types or key in theirs:
+        if not path and key not in types and key not in theirs:
+            # A variable of the file, or `defaults`: whoever reads it misses it.
+            yield (key,), known_beside(typing.cast(type, cls))
+        else:
             # The contents of checkpoint_config belong to the storage.
             if cls.__name__ != "CheckpointArguments":
                 yield (*path, key), known_beside(typing.cast(type, cls))
             if key in types:
                 yield from _inside(types[key], value, (*path, key))
-            elif isinstance(value, Mapping):
-                yield from (((*path, key, inner), set(theirs[key].inner)) for inner in value if theirs[key].inner)
+            words = HANDED_ON.get(key, set(theirs[key].inner) if key in theirs else set())
+            if isinstance(value, Mapping) and key != "custom_envs":
+                yield from (((*path, key, inner), set(words)) for inner in value if inner in words)
 
 
 def misspell(word: str, known: set[str], random_: random.Random) -> str | None:
