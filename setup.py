@@ -30,6 +30,8 @@ setup(
         "tensorboard>=2.17",
         "pyyaml>=6",
         "jinja2>=3.1",
+        "datasets>=4,<6",
+        "pyarrow>=21",
     ],
     extras_require={
         "dev": [

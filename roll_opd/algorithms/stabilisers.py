@@ -59,7 +59,7 @@ def entropy_gate(entropies: Sequence[Tensor], keep_fraction: float) -> list[Tens
     total = sum(e.numel() for e in detached)
     if total == 0:
         return [torch.zeros_like(e) for e in detached]
-    # 0.1 * 30 is a hair above 3: the slack keeps it from being 4.
+    # 0.07 * 100 is a hair above 7: the slack keeps it from being 8.
     kept = max(1, math.ceil(keep_fraction * total - 1e-9))
     # The k-th largest is the (total - k + 1)-th smallest.
     threshold = torch.cat([e.flatten() for e in detached]).kthvalue(total - kept + 1).values

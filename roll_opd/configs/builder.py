@@ -143,9 +143,11 @@ class Builder:
         known = roll_keys(cls)
         if key in ignored_keys(cls):
             self._known_to_roll(known[key], value, path)
-        elif cls.__name__ == "CheckpointArguments" or (at_top and key in self.included - self.variables):
-            # ROLL hands checkpoint_config to storage backends, which take keys of their own; and a shared file
-            # of variables may bring in more of them than this config reads.
+        elif at_top and key in self.included - self.variables:
+            # A shared file of variables may bring in more of them than this config reads.
+            self.tolerated.append(self.shown(path))
+        elif cls.__name__ == "CheckpointArguments" and not any(one_edit_apart(str(key), name) for name in known):
+            # ROLL hands checkpoint_config to storage backends, which take keys of their own.
             self.tolerated.append(self.shown(path))
         elif at_top and key in OTHER_PIPELINES:
             raise of_other_pipeline(key)

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from roll_opd.configs.builder import did_you_mean, one_edit_apart
+from roll_opd.configs.masking import looks_secret
 from roll_opd.configs.roll_compat import top_level_names
 from roll_opd.errors import ConfigError
 
@@ -95,7 +96,7 @@ def compose_config(directory: Path, config_name: str, overrides: Sequence[str]) 
 def unset_environment(values: Any, path: str = "") -> dict[str, str]:
     """Settings that still name an environment variable, because it is not set: path to the variable's name.
 
-    A plan does not need a key for a service; the run does.
+    A plan does not need a service's key; the run does.
     """
     found: dict[str, str] = {}
     if isinstance(values, Mapping):
@@ -109,13 +110,20 @@ def unset_environment(values: Any, path: str = "") -> dict[str, str]:
     return found
 
 
-def _keep_unset_environment(value: Any) -> Any:
-    """Escape the variables that are not set and have no default, so that resolving leaves them as they are written."""
+def _keep_unset_environment(value: Any, of_a_service: bool = False) -> Any:
+    """Escape the variables that are not set and have no default, where a plan can do without: what services and workers
+    are told, and secrets. Elsewhere resolving them is an error.
+    """
     if isinstance(value, dict):
-        return {key: _keep_unset_environment(item) for key, item in value.items()}
+        return {
+            key: _keep_unset_environment(
+                item, of_a_service or key in ("tracker_kwargs", "system_envs") or looks_secret(str(key))
+            )
+            for key, item in value.items()
+        }
     if isinstance(value, list):
-        return [_keep_unset_environment(item) for item in value]
-    if isinstance(value, str):
+        return [_keep_unset_environment(item, of_a_service) for item in value]
+    if isinstance(value, str) and of_a_service:
         return _ENVIRONMENT.sub(lambda found: found[0] if found[1] in os.environ else "\\" + found[0], value)
     return value
 

@@ -41,6 +41,11 @@ NOT_YET = [
     "difficulty_loss_weight",
     "length_loss_weight",
     "rollout_dump_dir",
+    "mask_type",
+    # The critic; adv_estimator gae, which needs one, is refused with it.
+    "critic",
+    "critic_warmup",
+    "value_clip",
 ]
 NOT_YET_MODEL = [
     "lora_target",

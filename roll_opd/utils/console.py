@@ -45,6 +45,7 @@ class Column:
 
 
 DEFAULT_COLUMNS: tuple[Column, ...] = (
+    Column("reward", "reward/mean", ".3f"),
     Column("reverse KL", "opd/reverse_kl", ".4f"),
     Column("teacher logprob", "opd/teacher_logprob", ".3f"),
     Column("student logprob", "opd/student_logprob", ".3f"),

@@ -32,21 +32,28 @@ class Finished:
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def overrides_for(folder: Path, settings: dict[str, Any]) -> list[str]:
-    values = {"output_dir": folder, "model_dir": QUICKSTART / "models", "data_dir": QUICKSTART / "data"} | settings
+def overrides_for(folder: Path, settings: dict[str, Any], example: Path = QUICKSTART) -> list[str]:
+    values = {"output_dir": folder, "model_dir": example / "models", "data_dir": example / "data"} | settings
     return [f"{key}={json.dumps(v) if isinstance(v, (dict, list, bool)) else v}" for key, v in values.items()]
 
 
 @pytest.fixture(scope="session")
 def run() -> Callable[..., Finished]:
-    """Run the quickstart in this process, with settings given as ``{"max_steps": 3}``."""
+    """Run an example in this process, with settings given as ``{"max_steps": 3}``; by default the quickstart."""
 
-    def in_process(folder: Path, **settings: Any) -> Finished:
+    def in_process(
+        folder: Path,
+        *,
+        example: Path = QUICKSTART,
+        config_name: str = "onpolicy_distill",
+        launcher: str = "onpolicy_distill",
+        **settings: Any,
+    ) -> Finished:
         from roll_opd.configs import launch_blockers, load_config
         from roll_opd.pipeline.launch import run_pipeline
 
         flat = {key.replace("__", "."): value for key, value in settings.items()}
-        loaded = load_config("onpolicy_distill", str(QUICKSTART), "onpolicy_distill", overrides_for(folder, flat), None)
+        loaded = load_config(launcher, str(example), config_name, overrides_for(folder, flat, example), None)
         assert not launch_blockers(loaded)
         summary = run_pipeline(loaded)
         return Finished(json.loads(summary.read_text()), folder)

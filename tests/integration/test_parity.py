@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from roll_opd.algorithms.policy_loss import PolicyLoss
+from roll_opd.algorithms.loss import DivergenceLoss, Loss
 from roll_opd.configs import (
     ModelArguments,
     SequencePackingArguments,
@@ -121,19 +121,32 @@ def scored(trainer, items: list[Trajectory]) -> list[Trajectory]:
 
 
 def one_step(trainers: dict, ranks: int, items: list[Trajectory], mode: str, per_device: int = 4,
-             packed: int | None = None) -> tuple[float, np.ndarray, float]:  # fmt: skip
+             packed: int | None = None, loss: Loss | None = None) -> tuple[float, np.ndarray, float]:  # fmt: skip
     """Return loss, gradient and gradient norm of one optimizer step from the common start."""
     from roll_opd.pipeline.batching import micro_batches
+
+    loss = loss or Loss()
 
     trainer = trainers[ranks]
     trainer.call_all("load", trainers["start"])
     before = weights_of(trainer)
     config = train_config(ranks, per_device, packed)
-    loss = PolicyLoss(clip_low=0.2, clip_high=0.2)
-    metrics = trainer.call_each("train_step", [(r, loss) for r in micro_batches(items, config, ranks, mode, 64)])
+    rows = micro_batches(items, config, ranks, mode, 64)
+    if loss.divergence is not None and loss.divergence.support != "sampled":
+        assert trainer.call_each("fetch_details", [(details_of(r),) for r in rows]) == [[]] * ranks
+    metrics = trainer.call_each("train_step", [(r, loss) for r in rows])
     after = weights_of(trainer)
     gradient = np.concatenate([(before[name] - after[name]).ravel() for name in sorted(before)])
     return metrics[0]["loss"], gradient, metrics[0]["grad_norm"]
+
+
+def details_of(rows: list) -> dict:
+    return {
+        (item.trajectory.id, name): [scores.details]
+        for row in rows
+        for item in row
+        for name, scores in item.trajectory.teacher_scores.items()
+    }
 
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
@@ -160,6 +173,112 @@ def test_ranks_and_rows_agree(trainers: dict, count: int, mode: str) -> None:
         assert abs(other_loss - loss) <= 1e-5 * mean_advantage, name
         assert np.linalg.norm(other_gradient - gradient) <= 1e-5 * np.linalg.norm(gradient), name
         assert abs(other_norm - norm) <= 1e-5 * norm, name
+
+
+@pytest.fixture(scope="module")
+def teacher(cluster):
+    """The quickstart's teacher as a real scoring process."""
+    from roll_opd.configs import TeacherConfig
+    from roll_opd.pipeline.workers import InferWorker
+
+    model = dataclasses.replace(MODEL, model_name_or_path=str(STUDENT.with_name("teacher")))
+    config = TeacherConfig(
+        name="teacher",
+        model_args=model,
+        strategy_args=StrategyArguments(strategy_name="hf_infer"),
+        world_size=1,
+        infer_batch_size=5,
+    )
+    started = cluster("teacher", InferWorker, config)
+    started.call_all("setup", "teacher", config, MODEL, False)
+    yield config, started
+    started.stop()
+
+
+def taught(teacher, items: list[Trajectory], want) -> list[Trajectory]:
+    """Have the real pool score ``items``; every third is not covered, as with routing by tag."""
+    import asyncio
+
+    from roll_opd.pipeline.teacher_pool import TeacherPool
+
+    config, started = teacher
+    pool = TeacherPool({"t": (config, started.workers)}, {"t": want})
+    random = np.random.default_rng(3)
+    items = [
+        dataclasses.replace(
+            t,
+            advantages=np.zeros(len(t), np.float32),
+            top_ids=np.argsort(random.random((t.response_length, 300)), axis=1)[:, :4].astype(np.int32),
+        )
+        for t in items
+    ]
+    covered = [t for i, t in enumerate(items) if i % 3]
+    scores = dict(zip([t.id for t in covered], asyncio.run(pool.score(covered)), strict=True))
+    weight = np.float32(SCALE)
+    return [
+        dataclasses.replace(
+            t,
+            teacher_scores=scores[t.id],
+            divergence_weights={"t": np.where(t.response_mask, weight, 0).astype(np.float32)},
+        )
+        if t.id in scores
+        else t
+        for t in items
+    ]
+
+
+OBJECTIVES = [
+    ("reverse_kl", "sampled"),
+    ("forward_kl", "sampled"),
+    *((d, s) for d in ("reverse_kl", "forward_kl", "jsd")
+      for s in ("full", "teacher_topk", "student_topk", "union_topk")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("divergence", "support"), OBJECTIVES)
+def test_every_direct_objective_agrees_over_ranks_rows_and_order(
+    trainers: dict, teacher, divergence: str, support: str
+) -> None:
+    from roll_opd.distributed.strategy.base import ScoreWant
+
+    want = ScoreWant(
+        top_k=4 if support in ("teacher_topk", "union_topk") else 0,
+        given=support in ("student_topk", "union_topk"),
+        hidden=support == "full",
+    )
+    if support == "full":
+        head = teacher[1].workers[0].head.remote()
+        for ranks in (1, 2):
+            trainers[ranks].call_all("set_teacher_head", "t", head)
+    trainers[1].call_all("load", trainers["start"])
+    items = taught(teacher, scored(trainers[1], trajectories(13)), want)
+    loss = Loss(divergence=DivergenceLoss(divergence, support))
+    value, gradient, norm = one_step(trainers, 1, items, "token-mean", loss=loss)
+    assert norm > 0 and np.isfinite(gradient).all()
+    assert value > 0 or support == "sampled"
+    variants = {
+        "2 ranks, rows by tokens": one_step(trainers, 2, items, "token-mean", packed=200, loss=loss),
+        "one row, another order": one_step(trainers, 1, items[::-1], "token-mean", per_device=13, loss=loss),
+    }
+    for name, (other_value, other_gradient, other_norm) in variants.items():
+        assert abs(other_value - value) <= 1e-5 * abs(value), name
+        assert np.linalg.norm(other_gradient - gradient) <= 1e-5 * np.linalg.norm(gradient), name
+        assert abs(other_norm - norm) <= 1e-5 * norm, name
+
+
+def test_lost_details_are_named_before_anything_is_computed(trainers: dict, teacher) -> None:
+    """What a dead node held is gone; every rank says so at once, and nobody waits in a collective for ever."""
+    import ray
+    from ray._private.internal_api import free
+
+    from roll_opd.distributed.strategy.base import ScoreWant
+
+    items = [t for t in taught(teacher, scored(trainers[1], trajectories(6)), ScoreWant(top_k=4)) if t.teacher_scores]
+    refs = {(t.id, "t"): [t.teacher_scores["t"].details] for t in items}
+    lost = items[0].id, "t"
+    ray.wait([ref for (ref,) in refs.values()], num_returns=len(refs))
+    free(refs[lost], local_only=False)
+    assert trainers[1].call_each("fetch_details", [(refs,)]) == [[lost]]
 
 
 def test_scores_do_not_depend_on_ranks(trainers: dict) -> None:

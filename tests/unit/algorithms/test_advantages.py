@@ -188,6 +188,9 @@ def test_reward_clip_comes_before_the_group_baseline() -> None:
     assert as_lists(advantages) == [[-1.0, -1.0], [1.0]] and returns is None
     assert metrics["reward_mean"] == 50.0 and metrics["reward_clip_fraction"] == 0.5
     assert metrics["reward_std"] == pytest.approx(100 / math.sqrt(2))
+    # What the baseline makes of clipped rewards is not clipped again.
+    advantages, _, _ = run([-1.0, 1.0], [1, 1], [4, 4], plain)
+    assert flat(advantages) == [-2.0, 2.0]
     # The other way round nothing would be clipped, and grpo would give the same with and without a bound.
     advantages, _, _ = run([0.0, 3.0, 100.0], [1, 1, 1], [4, 4, 4], {"estimator": "grpo", "reward_clip": 6.0})
     # 0, 3, 6: mean 3, std 3

@@ -229,7 +229,7 @@ def test_buckets_impossible_on_one_side_take_the_limit() -> None:
     q = torch.tensor([[0.5, 0.0, 0.5]], dtype=torch.float64).log()
     assert bucket_divergence("reverse_kl", p, q).item() == math.inf
     assert bucket_divergence("forward_kl", p, q).item() == math.inf
-    # Where Q has mass and P has none, only the forward KL is infinite: KL((1/2, 1/2, 0) || (1/4, 1/2, 1/4)) = log(2) / 2.
+    # Where only Q has mass the reverse KL is finite: KL((1/2, 1/2, 0) || (1/4, 1/2, 1/4)) = log(2) / 2.
     wider = torch.tensor([[0.25, 0.5, 0.25]], dtype=torch.float64).log()
     assert bucket_divergence("reverse_kl", p, wider).item() == pytest.approx(math.log(2) / 2)
     # KL((1/2, 0, 1/2) || (1/4, 1/2, 1/4)) = log 2, with the roles swapped.

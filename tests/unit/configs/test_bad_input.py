@@ -83,7 +83,7 @@ CROSS_FIELD = [
     ({"student_infer": DELETE}, "student_infer", "missing role"),
     ({"teacher": DELETE}, "teacher", "missing role"),
     ({"teacher": None}, "teacher", "missing role"),
-    ({"student_train": DELETE, "stduent_train": {"infer_batch_size": 1}}, "student_train", "mean 'stduent_train'"),
+    ({"student_train": DELETE, "stduent_train": {"infer_batch_size": 1}}, "stduent_train", "mean 'student_train'"),
     ({"actor_train": RL["actor_train"]}, "actor_train", "two names of the student"),
     ({"use_opd": True}, "use_opd", "contradicts this launcher"),
     ({"reference": {"model_args": {"model_name_or_path": "m"}}}, "reference", "beside a teacher"),
@@ -130,11 +130,49 @@ OBJECTIVES = [
      "opd_args.student_logprob_source", "top_k 0"),
     ({"opd_args": {"objective": "direct", "support": "full"}, "teacher.strategy_args": {"strategy_name": "vllm"}},
      "teacher.strategy_args.strategy_name", "sampled and teacher_topk only"),
+    ({"kl_penalty": "full", "opd_args": {"objective": "direct"}, "teacher.strategy_args": {"strategy_name": "vllm"}},
+     "teacher.strategy_args.strategy_name", "sampled and teacher_topk only"),
+    ({"teacher": {"a": SINGLE, "b": {**SINGLE, "strategy_args": {"strategy_name": "remote"}}},
+      "opd_args": {"objective": "direct", "support": "union_topk"}},
+     "teacher.b.strategy_args.strategy_name", "needs union_topk; use hf_infer"),
+    ({"kl_penalty": "abs", "opd_args": {"objective": "direct"}}, "kl_penalty", "use 'mse', 'k3' or 'full'"),
+    ({"opd_args": {"entropy_keep": 0.2, "student_logprob_source": "infer"}}, "opd_args.entropy_keep",
+     "use student_logprob_source: train"),
+]  # fmt: skip
+
+BASE = "opd_args.base_model"
+EXTRAPOLATION = [
+    ({"opd_args": {"extrapolation": 1.5}}, "opd_args.extrapolation", "name that model in opd_args.base_model"),
+    ({"opd_args": {"extrapolation": 0.5}}, "opd_args.extrapolation", "name that model in opd_args.base_model"),
+    ({"opd_args": {"base_model": "m"}}, BASE, "set opd_args.extrapolation above 1"),
+    ({"opd_args": {"base_model": "m", "extrapolation": 1.5, "objective": "direct"}}, BASE,
+     "use objective: policy_gradient"),
+    ({"opd_args": {"base_model": "m", "extrapolation": 1.5, "divergence": "jsd"}}, BASE, "divergence: reverse_kl"),
+    ({"opd_args": {"base_model": "m", "extrapolation": 1.5, "objective": "direct", "support": "full"}}, BASE,
+     "or remove base_model"),
+]  # fmt: skip
+
+SELF = "teacher.teacher_args.self_teacher"
+SELF_TEACHERS = [
+    ({"teacher": {"teacher_args": {"self_teacher": kind}, "model_args": {"dtype": "fp32"}}}, SELF,
+     "give it a context_template")
+    for kind in ("live", "ema", "frozen")
+] + [
+    ({"teacher": {"a": SINGLE, "b": {"teacher_args": {"self_teacher": "live"}}}},
+     "teacher.b.teacher_args.self_teacher", "the student itself, and its signal zero"),
+    ({"teacher": {**SINGLE, "teacher_args": {"self_teacher": "live", "context_template": "x"}}},
+     "teacher.model_args.model_name_or_path", "'m' is not the student ('models/student')"),
+    ({"teacher": {"model_args": {"dtype": "bf16"}, "teacher_args": {"self_teacher": "ema", "context_template": "x"}}},
+     "teacher.model_args.dtype", "use fp32, or self_teacher: live or frozen"),
+    ({"teacher": {**SINGLE, "teacher_args": {"self_teacher": "emma"}}}, SELF, "did you mean 'ema'"),
+    ({"teacher": {**SINGLE, "teacher_args": {"self_teacher": "ema", "ema_decay": 1.0}}},
+     "teacher.teacher_args.ema_decay", "< 1"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("changes", "field", "words"), UNKNOWN_KEYS + WRONG_TYPES + BAD_VALUES + CROSS_FIELD + OBJECTIVES
+    ("changes", "field", "words"),
+    UNKNOWN_KEYS + WRONG_TYPES + BAD_VALUES + CROSS_FIELD + OBJECTIVES + EXTRAPOLATION + SELF_TEACHERS,
 )
 def test_pure_mode_names_field_and_fix(changes, field, words):
     with pytest.raises(ConfigError) as caught:
@@ -155,7 +193,16 @@ OTHER_LAUNCHERS = [
     (RL, OPD, {"teacher": SINGLE}, "student_train", "rename actor_train to student_train"),
     (MIXED, "rlvr", {"reference": {"infer_batch_size": 1}}, "reference", "beside a teacher"),
     (MIXED, "rlvr", {"teacher": [SINGLE]}, "teacher", "list"),
-]
+    (MIXED, "rlvr", {"use_kl_loss": True, "kl_loss_coef": 0.1}, "use_kl_loss", "whose place the teacher has taken"),
+    (MIXED, "rlvr", {"add_token_level_kl": True}, "add_token_level_kl", "remove it: the teacher's term is opd_kl_coef"),
+    (MIXED, "rlvr", {"teacher": {"teacher_args": {"self_teacher": "live"}}}, SELF, "give it a context_template"),
+    (MIXED, "rlvr", {"opd_args": {"objective": "direct", "apply_to": "reward"}}, "opd_args.apply_to", "remove apply_to"),
+    (RL, "rlvr", {"use_kl_loss": True, "kl_loss_coef": 0.1}, "use_kl_loss", "add 'reference:'"),
+    (RL, "rlvr", {"add_token_level_kl": True}, "add_token_level_kl", "add 'reference:'"),
+    (RL, "rlvr", {"add_token_level_kl": True, "kl_penalty": "full", "reference": {"infer_batch_size": 1}}, "kl_penalty",
+     "use kl, abs, mse or k3"),
+    (RL, "rlvr", {"adv_estimator": "gigpo"}, "adv_estimator", "use reinforce"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("base", "launcher", "changes", "field", "words"), OTHER_LAUNCHERS)
@@ -191,12 +238,85 @@ ACCEPTED = [
     ({"track_with": "stdout"}, lambda c: c.track_with == ["stdout"]),
     ({"opd_args": {"objective": "direct"}, "kl_penalty": "mse"}, lambda c: c.kl_penalty == "mse"),
     ({"opd_args": {"student_logprob_source": "infer"}}, lambda c: c.opd_args.student_logprob_source == "infer"),
+    ({"opd_args": {"base_model": "m", "extrapolation": 1.5}}, lambda c: c.opd_args.extrapolation == 1.5),
+    (
+        {"teacher": {"teacher_args": {"self_teacher": "live", "context_template": "x"}}},
+        lambda c: c.teachers["default"].model_args.model_name_or_path == "models/student",
+    ),
+    (
+        {"teacher": {"model_args": {"dtype": "fp32"}, "teacher_args": {"self_teacher": "ema", "context_template": "x"}}},
+        lambda c: c.teachers["default"].teacher_args.ema_decay == 0.99,
+    ),
 ]
 
 
 @pytest.mark.parametrize(("changes", "holds"), ACCEPTED)
 def test_what_is_accepted(changes, holds):
     assert holds(build_config(changed(PURE, changes), OPD).config)
+
+
+@pytest.mark.parametrize(
+    ("penalty", "objective", "divergence", "support"),
+    [
+        ("kl", "policy_gradient", "reverse_kl", "sampled"),
+        ("mse", "direct", "reverse_kl", "sampled"),  # k2: the gradient of the reverse KL
+        ("k3", "direct", "forward_kl", "sampled"),  # as a loss, k3 has the gradient of the forward KL
+        ("full", "direct", "reverse_kl", "full"),
+    ],
+)
+@pytest.mark.parametrize("base", [PURE, MIXED])
+def test_kl_penalty_is_written_into_opd_args(base, penalty, objective, divergence, support):
+    """Everything behind the config reads one place."""
+    changes = {"kl_penalty": penalty, "opd_args": {"objective": objective}}
+    args = build_config(changed(base, changes), OPD if base is PURE else "rlvr").config.opd_args
+    assert (args.objective, args.divergence, args.support) == (objective, divergence, support)
+
+
+def test_kl_penalty_without_a_teacher_is_no_alias():
+    config = build_config(changed(RL, {"kl_penalty": "mse"}), "rlvr").config
+    assert (config.opd_args.divergence, config.opd_args.support) == ("reverse_kl", "sampled")
+    assert config.kl_penalty == "mse"
+
+
+def test_a_frozen_self_teacher_is_a_reference_in_the_mixed_mode():
+    """Beside a reward, pulling the student back to where it was is what a KL to the reference does."""
+    frozen = {"teacher": {"teacher_args": {"self_teacher": "frozen"}}}
+    teacher = build_config(changed(MIXED, frozen), "rlvr").config.teachers["default"]
+    assert teacher.model_args.model_name_or_path == "models/student"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"gamma": 0.5, "opd_args": {"apply_to": "reward"}}, "gamma 0.5"),
+        ({"gamma": 0, "whiten_advantages": True, "opd_args": {"apply_to": "reward"}}, "lets whitening rescale"),
+        ({"gamma": 0, "adv_estimator": "reinforce++", "opd_args": {"apply_to": "reward"}}, "lets whitening rescale"),
+    ],
+)
+def test_what_apply_to_reward_does_to_the_teachers_term_is_a_warning(changes, words):
+    (warning,) = build_config(changed(MIXED, changes), "rlvr").warnings
+    assert warning.startswith("opd_args.apply_to") and words in warning
+    without = {key: value for key, value in changes.items() if key != "opd_args"}
+    assert build_config(changed(MIXED, without), "rlvr").warnings == []
+
+
+@pytest.mark.parametrize(
+    ("args", "idle"),
+    [
+        ({"position_scale": 9}, ["position_scale"]),
+        ({"position_scale": 9, "position_weight": "linear"}, []),
+        ({"coef_end": 0.5}, ["coef_end"]),
+        ({"coef_end": 0.5, "coef_schedule": "linear"}, []),
+        ({"log_ratio_clip": 5, "objective": "direct", "support": "full"}, ["log_ratio_clip"]),
+        ({"log_ratio_clip": 5, "objective": "direct"}, []),
+        ({"jsd_beta": 0.1}, ["jsd_beta"]),
+        ({"top_k": 4, "add_tail": False, "objective": "direct", "support": "full"}, ["top_k", "add_tail"]),
+        ({"top_k": 4, "add_tail": False, "objective": "direct", "support": "student_topk"}, []),
+    ],
+)
+def test_settings_without_effect_are_mentioned(args, idle):
+    warnings = build_config(changed(PURE, {"opd_args": args}), OPD).warnings
+    assert [w.partition(":")[0] for w in warnings] == [f"opd_args.{key}" for key in idle]
 
 
 def test_a_warm_up_that_constant_does_not_have_is_a_warning():

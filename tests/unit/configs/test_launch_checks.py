@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from config_samples import PURE, REWARD, changed
+from config_samples import MIXED, PURE, REWARD, RL, changed
 
 import roll_opd
 from roll_opd import launcher
@@ -25,6 +25,7 @@ REPO = Path(__file__).resolve().parents[3]
 CONFIG = "strategy_args.strategy_config"
 MODEL = "student_train.model_args"
 HF = {"strategy_name": "hf_infer"}
+SINGLE = PURE["teacher"]
 
 
 def reward(**settings):
@@ -41,7 +42,10 @@ def reward(**settings):
          "hf_infer has no settings of its own and would ignore this one; remove it"),
         ({f"student_train.{CONFIG}": {"fsdp_size": 2}}, f"student_train.{CONFIG}.fsdp_size", "fsdp2_train has no"),
         ({"teacher.num_gpus_per_worker": 2}, "teacher.num_gpus_per_worker", "use 1"),
-        ({"validation": {"data_args": {"dataset_type": "csv"}}}, "validation.data_args.dataset_type", "use json"),
+        ({"value_clip": 0.2}, "value_clip", "use null"),
+        ({"mask_type": "all"}, "mask_type", "use loss"),
+        ({"validation": {"data_args": {"domain_interleave_probs": {"a": 1.0}}}},
+         "validation.data_args.domain_interleave_probs", "remove it"),
         (reward(device_mapping=[0]), "rewards.math.device_mapping", "world_size CPU processes"),
         (reward(format_pattern="x"), "rewards.math.format_pattern", "use null"),
         (reward(reward_type="soft"), "rewards.math.reward_type", "use null"),
@@ -53,8 +57,6 @@ def reward(**settings):
         (reward(judge_model_name="x"), "rewards.math.judge_model_name", "use null"),
         (reward(judge_api_url="x"), "rewards.math.judge_api_url", "use null"),
         (reward(judge_api_key="hidden"), "rewards.math.judge_api_key", "use null"),
-        ({"importance_sampling": "seq"}, "importance_sampling", "use token"),
-        ({"train_infer_correction": {"is_weight": {"enabled": True}}}, "train_infer_correction", "remove it"),
     ],
 )  # fmt: skip
 def test_refused_with_the_nearest_value(changes, field, advice):
@@ -70,10 +72,50 @@ def test_refused_with_the_nearest_value(changes, field, advice):
         {"student_train.model_args.dtype": "fp32", "teacher.model_args.dtype": "fp16"},
         {"teacher.strategy_args": {**HF, "strategy_config": None}},
         reward(reward_args={"num_processes": 2}),
+        {"importance_sampling": "seq"},
+        {"train_infer_correction": {"is_weight": {"enabled": True}, "filters": [{"enabled": True}]}},
+        {"validation": {"data_args": {"dataset_type": "csv"}}},
+        {"teacher": {"math": SINGLE, "code": {**SINGLE, "tag_included": ["code"]}}},
+        {"teacher": {**SINGLE, "teacher_args": {"context_template": "{{ prompt }}"}}},
+        {"opd_args": {"objective": "direct"}},
+        {"opd_args": {"objective": "direct", "support": "full", "divergence": "jsd"}},
+        {"opd_args": {"objective": "direct", "support": "union_topk", "top_k": 8}},
+        {"opd_args": {"coef_schedule": "cosine", "trust_region": 2.0, "entropy_keep": 0.5, "position_weight": "linear"}},
+        {"opd_args": {"base_model": "m", "extrapolation": 1.5}},
+        {"max_len_mask": True},
     ],
 )
 def test_not_refused(changes):
     assert launch_blockers(build_config(changed(PURE, changes), OPD)) == []
+
+
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [
+        (MIXED, {}),
+        (MIXED, {"opd_args": {"apply_to": "reward", "uncovered": "reward_only"}, "adv_estimator": "grpo"}),
+        (MIXED, {"difficulty_mask": True, "error_max_len_clip": True, "error_max_len_threshold": 9}),
+        (RL, {}),
+        (RL, {"reference": {"infer_batch_size": 8}, "use_kl_loss": True, "kl_loss_coef": 0.1}),
+        (RL, {"rewards": {"math": {**REWARD, "query_filter_config": {"type": "std_filter"}}}}),
+    ],
+)
+def test_what_trains_on_rewards_is_not_refused(base, changes):
+    assert launch_blockers(build_config(changed(base, changes), "rlvr")) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields"),
+    [
+        ({"critic": {"infer_batch_size": 8}, "adv_estimator": "gae"}, ["critic"]),
+        ({"rewards": {"math": {**REWARD, "response_filter_config": {"type": "mean_filter"}}}},
+         ["rewards.math.response_filter_config"]),
+        ({"use_policy_loss_type": "PG"}, ["use_policy_loss_type"]),
+        ({"use_reward_scaling": True, "add_len_reward": True}, ["use_reward_scaling", "add_len_reward"]),
+    ],
+)  # fmt: skip
+def test_what_rewards_cannot_do_yet_is_refused(changes, fields):
+    assert [b.field for b in launch_blockers(build_config(changed(RL, changes), "rlvr"))] == fields
 
 
 UNREAD = {
@@ -116,7 +158,7 @@ def test_the_quickstart_has_neither_blockers_nor_warnings():
 # Fields that only the config layer reads: it resolves, checks or forces them, and says so where they have no effect.
 READ_AT_LOAD = {
     "is_pure_opd": "the run's mode",
-    "use_opd": "the run's mode; refused at launch",
+    "use_opd": "the run's mode",
     "pure_opd_pipeline_type": "the run's pipeline",
     "pretrain": "fills the models of the student's roles",
     "reward_pretrain": "fills the critic's model",
@@ -125,54 +167,30 @@ READ_AT_LOAD = {
     "num_nodes": "checks the mappings; the live cluster decides",
     "num_gpus_per_node": "checks the mappings; the live cluster decides",
     "num_beams": "must be 1",
-    "domain_interleave_probs": "refused at launch for more than one domain, and one is no mixture",
-    "dataset_type": "refused at launch unless it is JSON lines",
     "strategy_config": "refused at launch for the strategies that run",
-    "kl_penalty": "refused at launch unless it is kl",
+    "detach": "old and sampling log-probabilities carry no gradient, so the weight has none with either value",
     # A warning at load says that they have no effect.
     "global_template": "warned about",
     "tag_to_template": "warned about",
     "template": "warned about",
-    "query_filter_config": "warned about: rewards never filter in pure distillation",
-    "response_filter_config": "warned about: rewards never filter in pure distillation",
-    "apply_to": "warned about: both values are the same in pure distillation",
-    "top_k": "warned about with support sampled, and other supports are refused",
-    "add_tail": "warned about with support sampled, and other supports are refused",
-    "jsd_beta": "warned about without divergence jsd, which is refused",
+    # Warned about in pure distillation, where rewards never filter, and refused in the other modes.
+    "response_filter_config": "refused where rewards are trained on",
 }
-# Parts of something that is refused, absent or forced; without it they mean nothing.
+# Parts of something that is refused; without it they mean nothing.
 PART_OF = {
-    "teacher_args": "its fields are refused",
-    "is_weight": "train_infer_correction",
-    "filters": "train_infer_correction",
-    "filter_args": "query_filter_config",
-    "teacher_weighting": "several teachers",
     "lora_rank": "lora_target",
     "lora_alpha": "lora_target",
     "lora_dropout": "lora_target",
-    "max_additional_running_prompts": "is_use_additional_prompts",
-    "mask_type": "max_len_mask and difficulty_mask",
-    "difficulty_low_threshold": "difficulty_mask",
-    "difficulty_high_threshold": "difficulty_mask",
-    "error_max_len_threshold": "error_max_len_clip",
-    # Pure distillation, the only mode that runs, has no critic, no reference and no external reward in its signal.
-    "reference": "other modes",
-    "lambd": "adv_estimator gae",
-    "value_clip": "the critic",
-    "reward_clip": "the external reward",
-    "norm_mean_type": "the external reward",
-    "norm_std_type": "the external reward",
 }
 REFUSED = {
     *(checks.NOT_YET + checks.NOT_YET_MODEL + checks.NOT_YET_GENERATING + checks.NOT_YET_WORKER),
-    *(checks.NOT_YET_REWARD + ["context_template"]),
-    *checks.RUNNABLE_OBJECTIVE,
+    *checks.NOT_YET_REWARD,
 }
 MENTIONED = {
     *(checks.UNREAD_PIPELINE + checks.UNREAD_WORKER + checks.UNREAD_MODEL),
     *(checks.UNREAD_PACKING + checks.UNREAD_DATA),
 }
-REFUSED_WHOLE = ("TrainInferWeightArguments", "TrainInferFilterArguments", "AgenticConfig")
+REFUSED_WHOLE = ("AgenticConfig",)
 
 
 def config_classes(cls=RLVRConfig):
@@ -195,15 +213,13 @@ def all_fields():
 
 
 def test_no_setting_is_silently_ignored():
-    """Each field is read outside the configs, or refused, mentioned at launch, forced, or explained above."""
+    """Each field is read outside the configs, or refused, mentioned at launch, or explained above."""
     package = Path(roll_opd.__file__).parent
     files = [path for path in package.rglob("*.py") if package / "configs" not in path.parents]
     source = "\n".join(path.read_text(encoding="utf-8") for path in files)
-    read = set(re.findall(r"\.([a-z_0-9]+)\b", source))
-    from roll_opd.configs.resolve import FORCED_IN_PURE_MODE
-
-    forced = {name for name, _, _ in FORCED_IN_PURE_MODE}
-    accounted = read | REFUSED | MENTIONED | forced | READ_AT_LOAD.keys() | PART_OF.keys()
+    # A method's call is no setting: tensors have a detach(), too.
+    read = set(re.findall(r"\.([a-z_0-9]+)\b(?!\()", source))
+    accounted = read | REFUSED | MENTIONED | READ_AT_LOAD.keys() | PART_OF.keys()
     assert "agentic" not in checks.RUNNABLE_PIPELINES
     only_agentic = set(field_types(AgenticConfig)) - set(field_types(RLVRConfig))
     ignored = [

@@ -120,9 +120,11 @@ def test_bad_overrides(folder, override, field, words):
     ("text", "field", "words"),
     [
         ("output_dir: ${nowhere}/x\n", "output_dir", "nowhere"),
-        ("output_dir: ${oc.env:ROLL_OPD_NOT_SET}\n", "output_dir", "ROLL_OPD_NOT_SET"),
         ("a: [1\n", "broken.yaml", "cannot be composed"),
-        ("seed: 1\nseed: 2\n", "broken.yaml", "duplicate"),
+        ("seed: 1\nseed: 2\n", "broken.yaml", "duplicate key seed"),
+        ("teacher:\n  math: {world_size: 1}\n  math: {world_size: 2}\n", "broken.yaml", "duplicate key math"),
+        ("teacher:\n  math: {world_size: 1, world_size: 2}\n", "broken.yaml", "duplicate key world_size"),
+        ("rewards: {a: {}, a: {}}\n", "broken.yaml", "duplicate key a"),
         ("seed: ???\n", "broken.yaml", "seed"),
         ("defaults: [missing]\n", "broken.yaml", "missing"),
         ("", "student_train", "missing role"),
@@ -136,6 +138,16 @@ def test_broken_files(tmp_path, text, field, words):
         load_config(OPD, str(tmp_path), "broken", [], None)
     assert caught.value.field == field
     assert words in caught.value.problem
+
+
+def test_an_environment_variable_that_is_not_set_is_mentioned_and_resolved_once_it_is(folder, monkeypatch):
+    """A plan needs no key of a service."""
+    override = ["output_dir=${oc.env:ROLL_OPD_NOT_SET}/x"]
+    (warning,) = load_config(OPD, str(folder), "pure", override, None).warnings
+    assert warning.startswith("output_dir: ") and "ROLL_OPD_NOT_SET is not set" in warning
+    monkeypatch.setenv("ROLL_OPD_NOT_SET", "here")
+    loaded = load_config(OPD, str(folder), "pure", override, None)
+    assert (loaded.warnings, loaded.config.output_dir) == ([], "here/x")
 
 
 def test_binary_file_is_a_config_error(tmp_path):

@@ -55,9 +55,10 @@ def test_mixed_mode_and_rl_keep_the_actors_names():
 
 
 def test_pure_pipeline_type_chooses_the_config_class():
-    loaded = build_config(changed(PURE, {"pure_opd_pipeline_type": "agentic", "train_env_manager": {"x": 1}}), OPD)
+    loaded = build_config(changed(PURE, {"pure_opd_pipeline_type": "agentic", "train_env_manager": {"max_env_num_per_worker": 3}}), OPD)
     assert isinstance(loaded.config, AgenticConfig)
     assert loaded.config.pipeline == "agentic"
+    assert loaded.config.train_env_manager.max_env_num_per_worker == 3
 
 
 @pytest.mark.parametrize(
@@ -241,16 +242,16 @@ def test_roll_class_paths_become_ours():
         (PURE, OPD, {f"student_train.{STRATEGY}": "megatron_train"}, f"student_train.{STRATEGY}"),
         (PURE, OPD, {f"student_infer.{STRATEGY}": "sglang"}, f"student_infer.{STRATEGY}"),
         (PURE, OPD, {"teacher.strategy_args": {"strategy_name": "remote"}}, "teacher.strategy_args.strategy_name"),
-        (PURE, OPD, {"teacher": {"a": SINGLE, "b": SINGLE}}, "teacher"),
         (PURE, OPD, {"async_generation_ratio": 1}, "async_generation_ratio"),
         (PURE, OPD, {"pure_opd_pipeline_type": "agentic"}, "pure_opd_pipeline_type"),
-        (PURE, OPD, {"opd_args": {"objective": "direct"}}, "opd_args.objective"),
         (PURE, OPD, {"student_train.model_args.lora_target": "all-linear"}, "student_train.model_args.lora_target"),
-        (PURE, OPD, {"max_len_mask": True}, "max_len_mask"),
+        (PURE, OPD, {"length_loss_weight": True}, "length_loss_weight"),
         (PURE, OPD, {"student_infer.generating_args.min_p": 0.1}, "student_infer.generating_args.min_p"),
-        (PURE, OPD, {"teacher.teacher_args": {"context_template": "x"}}, "teacher.teacher_args.context_template"),
-        (MIXED, "rlvr", {}, "use_opd"),
-        (RL, "rlvr", {}, ""),
+        (PURE, OPD, {"teacher": {"a": SINGLE, "b": {**SINGLE, "strategy_args": {"strategy_name": "vllm"}}}},
+         "teacher.b.strategy_args.strategy_name"),
+        (MIXED, "rlvr", {"rollout_dump_dir": "x"}, "rollout_dump_dir"),
+        (RL, "rlvr", {f"actor_infer.{STRATEGY}": "vllm"}, f"actor_infer.{STRATEGY}"),
+        (RL, "agentic", {"adv_estimator": "gigpo"}, "pipeline"),
     ],
 )  # fmt: skip
 def test_what_plans_but_does_not_run_is_refused_at_launch(base, launcher, changes, field):
@@ -259,8 +260,9 @@ def test_what_plans_but_does_not_run_is_refused_at_launch(base, launcher, change
     assert "not run by this version" in blockers[0].problem
 
 
-def test_the_pure_sample_can_be_launched():
-    assert launch_blockers(build_config(PURE, OPD)) == []
+@pytest.mark.parametrize(("base", "launcher"), [(PURE, OPD), (MIXED, "rlvr"), (RL, "rlvr")])
+def test_the_samples_can_be_launched(base, launcher):
+    assert launch_blockers(build_config(base, launcher)) == []
 
 
 def test_configs_cannot_be_changed():

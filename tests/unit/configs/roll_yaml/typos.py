@@ -59,9 +59,7 @@ def _inside(hint: Any, raw: Any, path: Path) -> Iterator[tuple[Path, set[str]]]:
             # A variable of the file, or `defaults`: whoever reads it misses it.
             yield (key,), known_beside(typing.cast(type, cls))
         else:
-            # The contents of checkpoint_config belong to the storage.
-            if cls.__name__ != "CheckpointArguments":
-                yield (*path, key), known_beside(typing.cast(type, cls))
+            yield (*path, key), known_beside(typing.cast(type, cls))
             if key in types:
                 yield from _inside(types[key], value, (*path, key))
             words = HANDED_ON.get(key, set(theirs[key].inner) if key in theirs else set())
