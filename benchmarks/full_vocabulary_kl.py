@@ -76,7 +76,9 @@ class GradientInForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        return *(g.mul_(upstream) for g in ctx.grads), None, None, None
+        grads = [g.mul_(upstream) for g in ctx.grads]
+        del ctx.grads  # held here, they would be copied when they become .grad
+        return *grads, None, None, None
 
 
 def measure(args: argparse.Namespace) -> None:

@@ -147,6 +147,4 @@ def _log_mixture(divergence: str, p: Tensor, q: Tensor, jsd_beta: float) -> Tens
         raise ValueError(f"unknown divergence {divergence!r}; one of {', '.join(DIVERGENCES)}")
     # Where neither side has mass the mixture is not used, but its gradient would be NaN: any finite value will do.
     nowhere = (p == -math.inf) & (q == -math.inf)
-    return torch.logaddexp(
-        torch.where(nowhere, 0.0, q) + math.log(jsd_beta), torch.where(nowhere, 0.0, p) + math.log1p(-jsd_beta)
-    )
+    return torch.logaddexp(torch.where(nowhere, 0.0, q) + math.log(jsd_beta), p + math.log1p(-jsd_beta))

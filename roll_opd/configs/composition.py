@@ -20,7 +20,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from roll_opd.configs.builder import did_you_mean, one_edit_apart
-from roll_opd.configs.masking import looks_secret
 from roll_opd.configs.roll_compat import top_level_names
 from roll_opd.errors import ConfigError
 
@@ -110,20 +109,13 @@ def unset_environment(values: Any, path: str = "") -> dict[str, str]:
     return found
 
 
-def _keep_unset_environment(value: Any, of_a_service: bool = False) -> Any:
-    """Escape the variables that are not set and have no default, where a plan can do without: what services and workers
-    are told, and secrets. Elsewhere resolving them is an error.
-    """
+def _keep_unset_environment(value: Any) -> Any:
+    """Escape the variables that are not set and have no default, so that resolving leaves them as they are written."""
     if isinstance(value, dict):
-        return {
-            key: _keep_unset_environment(
-                item, of_a_service or key in ("tracker_kwargs", "system_envs") or looks_secret(str(key))
-            )
-            for key, item in value.items()
-        }
+        return {key: _keep_unset_environment(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_keep_unset_environment(item, of_a_service) for item in value]
-    if isinstance(value, str) and of_a_service:
+        return [_keep_unset_environment(item) for item in value]
+    if isinstance(value, str):
         return _ENVIRONMENT.sub(lambda found: found[0] if found[1] in os.environ else "\\" + found[0], value)
     return value
 
@@ -140,7 +132,7 @@ def _unresolved(error: InterpolationResolutionError, plain: Any, name: str) -> C
     around = plain
     for part in parts[:-1]:
         around = around.get(part) if isinstance(around, Mapping) else None
-    hint = did_you_mean(parts[-1], around) if isinstance(around, Mapping) else ""
+    hint = did_you_mean(parts[-1], around) if parts and isinstance(around, Mapping) else ""
     return ConfigError(error.full_key or name, f"cannot resolve the interpolation: {_first_line(error)}{hint}")
 
 

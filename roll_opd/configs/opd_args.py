@@ -27,7 +27,7 @@ class OPDArguments:
     add_tail: bool = True
     """The mass outside a top-k set becomes one more bucket, so that the value is never negative."""
     jsd_beta: float = ranged(0.5, gt=0, lt=1)
-    """Weight of the teacher in the mixture of the Jensen-Shannon divergence; 0 and 1 are the two KLs."""
+    """Weight of the teacher in the mixture of the Jensen-Shannon divergence, which fades to 0 towards either end."""
     log_ratio_clip: float | None = ranged(None, gt=0)
     """Bound on the absolute log-ratio of a token, in nats; null: no bound."""
     apply_to: Literal["advantage", "reward"] = "advantage"

@@ -226,10 +226,10 @@ class RLVRConfig(PipelineConfig):
     difficulty_mask: bool = False
     """Leave prompts out whose mean score lies outside the thresholds."""
     difficulty_low_threshold: float = 0.0
-    """Lowest mean score that is trained."""
+    """Mean score above which a prompt is trained, for `difficulty_mask`."""
     difficulty_high_threshold: float = 1.0
-    """Highest mean score that is trained."""
+    """Mean score below which a prompt is trained, for `difficulty_mask`."""
     error_max_len_clip: bool = False
-    """Leave wrong responses out that are longer than the threshold."""
+    """Leave wrong responses out that have `error_max_len_threshold` tokens or more."""
     error_max_len_threshold: int = ranged(9999999999, ge=1)
     """Tokens, for `error_max_len_clip`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -269,16 +270,25 @@ def test_every_direct_objective_agrees_over_ranks_rows_and_order(
 def test_lost_details_are_named_before_anything_is_computed(trainers: dict, teacher) -> None:
     """What a dead node held is gone; every rank says so at once, and nobody waits in a collective for ever."""
     import ray
-    from ray._private.internal_api import free
 
     from roll_opd.distributed.strategy.base import ScoreWant
 
+    @ray.remote(num_cpus=0)
+    class Mortal:
+        def put(self) -> list:
+            return [ray.put(np.zeros(1 << 20))]
+
     items = [t for t in taught(teacher, scored(trainers[1], trajectories(6)), ScoreWant(top_k=4)) if t.teacher_scores]
     refs = {(t.id, "t"): [t.teacher_scores["t"].details] for t in items}
+    assert trainers[1].call_each("fetch_details", [(refs,)]) == [[]]
+    mortal = Mortal.remote()
     lost = items[0].id, "t"
-    ray.wait([ref for (ref,) in refs.values()], num_returns=len(refs))
-    free(refs[lost], local_only=False)
-    assert trainers[1].call_each("fetch_details", [(refs,)]) == [[lost]]
+    refs[lost] = ray.get(mortal.put.remote())
+    ray.kill(mortal)
+    deadline = time.monotonic() + 30  # the death of an object's owner takes Ray a moment to notice
+    while (found := trainers[1].call_each("fetch_details", [(refs,)])) == [[]] and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert found == [[lost]]
 
 
 def test_scores_do_not_depend_on_ranks(trainers: dict) -> None:

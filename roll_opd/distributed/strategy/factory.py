@@ -5,18 +5,52 @@ Backends are imported where they are chosen: an engine must not be loaded by a r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from roll_opd.configs.worker_config import WorkerConfig
-from roll_opd.distributed.strategy.base import GenerateStrategy, ScoreStrategy, TrainStrategy
+from roll_opd.distributed.strategy.base import (
+    GenerateStrategy,
+    ScoreRequest,
+    ScoreStrategy,
+    TrainItem,
+    TrainStrategy,
+)
 from roll_opd.distributed.strategy.tokenizer import Vocabulary
 from roll_opd.errors import ConfigError
+from roll_opd.trajectory import FloatArray
 
 
 class InferStrategy(GenerateStrategy, ScoreStrategy, Protocol):
     """What ``actor_infer`` and the teachers are served by."""
+
+
+class ValueStrategy(Protocol):
+    """Trains a critic across ranks. All ranks call every method together."""
+
+    def values(self, requests: Sequence[ScoreRequest]) -> list[FloatArray]:
+        """Return, for each of this rank's ``requests``, ``[T]`` float32: at a sampled token the value before it is
+        sampled, elsewhere 0.
+        """
+        ...
+
+    def train_step(self, micro_batches: Sequence[Sequence[TrainItem]], value_clip: float | None) -> dict[str, float]:
+        """One optimizer step over this rank's ``micro_batches``, whose trajectories carry values and returns."""
+        ...
+
+    def save(self, folder: str) -> None:
+        """Write weights and optimizer state."""
+        ...
+
+    def load(self, folder: str) -> None:
+        """Read what :meth:`save` wrote."""
+        ...
+
+    def export_hf(self, folder: str) -> None:
+        """Write the backbone in Hugging Face format and the head beside it."""
+        ...
 
 
 def build_infer_strategy(
@@ -44,6 +78,25 @@ def build_train_strategy(
         from roll_opd.distributed.strategy.fsdp2 import FSDP2Strategy
 
         return FSDP2Strategy(role, config, vocabulary, device, max_grad_norm=max_grad_norm, total_updates=total_updates)
+    raise _unknown(role, config, "fsdp2_train")
+
+
+def build_value_strategy(
+    role: str,
+    config: WorkerConfig,
+    vocabulary: Vocabulary,
+    device: torch.device,
+    *,
+    max_grad_norm: float,
+    total_updates: int,
+) -> ValueStrategy:
+    """Build the backend of the critic; the process group must exist."""
+    if _name(config) == "fsdp2_train":
+        from roll_opd.distributed.strategy.fsdp2_value import FSDP2ValueStrategy
+
+        return FSDP2ValueStrategy(
+            role, config, vocabulary, device, max_grad_norm=max_grad_norm, total_updates=total_updates
+        )
     raise _unknown(role, config, "fsdp2_train")
 
 

@@ -69,6 +69,31 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, args: ModelArguments) -> V
     return Vocabulary(max(tokenizer.get_vocab().values()) + 1, tuple(sorted(set(stops))), decode)
 
 
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int] | None:
+    """Return the added token, and its id, with which the chat template closes an assistant's turn.
+
+    None where there is no template, or where it closes a turn with ordinary text or with nothing.
+    """
+    if not tokenizer.chat_template:
+        return None
+    from jinja2.exceptions import TemplateError  # what templates fail with; only needed where one is used
+
+    answer = "roll-opd-answer"
+    conversation = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    try:
+        text = str(tokenizer.apply_chat_template(conversation, tokenize=False))
+    except TemplateError:  # it wants other conversations; what it makes of the data's is checked with the data
+        return None
+    _, found, after = text.rpartition(answer)
+    if not found:
+        return None
+    added = tokenizer.added_tokens_decoder
+    for token_id in tokenizer(after, add_special_tokens=False)["input_ids"]:
+        if token_id in added:
+            return str(added[token_id].content), int(token_id)
+    return None
+
+
 def check_same_vocabulary(student: Any, teacher: Any, teacher_name: str) -> list[str]:
     """Compare two tokenizers; return warnings.
 

@@ -140,14 +140,15 @@ def test_broken_files(tmp_path, text, field, words):
     assert words in caught.value.problem
 
 
-def test_an_environment_variable_that_is_not_set_is_mentioned_and_resolved_once_it_is(folder, monkeypatch):
+def test_a_key_that_is_not_in_the_environment_is_mentioned_and_resolved_once_it_is(folder, monkeypatch):
     """A plan needs no key of a service."""
-    override = ["output_dir=${oc.env:ROLL_OPD_NOT_SET}/x"]
+    reward = "{worker_cls: m.Reward, judge_api_key: '${oc.env:ROLL_OPD_NOT_SET}'}"
+    override = [f"rewards.judge={reward}"]
     (warning,) = load_config(OPD, str(folder), "pure", override, None).warnings
-    assert warning.startswith("output_dir: ") and "ROLL_OPD_NOT_SET is not set" in warning
-    monkeypatch.setenv("ROLL_OPD_NOT_SET", "here")
+    assert warning.startswith("rewards.judge.judge_api_key: ") and "ROLL_OPD_NOT_SET is not set" in warning
+    monkeypatch.setenv("ROLL_OPD_NOT_SET", "hidden")
     loaded = load_config(OPD, str(folder), "pure", override, None)
-    assert (loaded.warnings, loaded.config.output_dir) == ([], "here/x")
+    assert (loaded.warnings, loaded.config.rewards["judge"].judge_api_key) == ([], "hidden")
 
 
 def test_binary_file_is_a_config_error(tmp_path):

@@ -107,9 +107,9 @@ def random_rows(seed: int) -> list[dict]:
             "source": text(),
             "hint": text(),
             "difficulty": rng.random(),
-            "test_cases": [{"input": text(), "output": text()} for _ in range(rng.randint(1, 3))],
+            "test_cases": [{"input": text()} | rng.choice([{}, {"output": text()}]) for _ in range(rng.randint(1, 3))],
             "level": rng.randint(0, 9),
-            "parts": {"a": text(), "b": [1, rng.randint(0, 5)]},
+            "parts": {"a": text()} | rng.choice([{}, {"b": [1, rng.randint(0, 5)]}]),
         }
         rows.append(row | {name: value for name, value in optional.items() if rng.random() < 0.7})
     return rows

@@ -69,6 +69,12 @@ def test_messages_as_json_text_equal_messages_as_list(tmp_path):
     assert as_list.messages == tuple(messages)
 
 
+def test_null_means_not_given(tmp_path):
+    row = read_one(tmp_path, {"messages": [{**USER, "name": None, "parts": {"a": None}}], "level": None, "hint": None})
+    assert row.messages == ({**USER, "parts": {"a": None}},)  # deeper down, what a file of JSON says stands
+    assert row.extra == {} and row.hint is None
+
+
 def test_empty_text_in_messages_means_prompt(tmp_path):
     row = read_one(tmp_path, {"messages": "", "prompt": "p", "id": ""})
     assert (row.messages, row.prompt, row.id) == (None, "p", "one:1")

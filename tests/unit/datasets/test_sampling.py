@@ -123,6 +123,7 @@ def test_a_tenth_is_a_tenth():
     # As floats 0.1 + 0.2 + 0.7 is not 1 and 0.7 · 10 is not 7; as decimals they are.
     order = DomainOrder({"a": 3, "b": 3, "c": 3}, {"a": 0.1, "b": 0.2, "c": 0.7}, seed=0, batch=10)
     assert windows(order, 20) == [{"a": 1, "b": 2, "c": 7}] * 20
+    assert order._denominator == 1  # as fractions of the floats, windows would owe each other for ever
 
 
 @pytest.mark.parametrize("seed", range(40))
