@@ -3,9 +3,9 @@
     python examples/start_agentic_pipeline.py --config_path … --config_name … --plan
     python examples/start_agentic_pipeline.py --config_path … --config_name … max_steps=10
 
-The YAML names actor_train, actor_infer, train_env_manager and custom_envs, and teacher in the mixed mode; examples/config
-holds environments to include. YAML files of ROLL's agentic pipeline load unchanged; docs/roll_compatibility.md says what
-each of their keys does here.
+The YAML names actor_train, actor_infer, train_env_manager and custom_envs, and teacher in the mixed mode;
+examples/config holds environments to include. YAML files of ROLL's agentic pipeline load unchanged;
+docs/roll_compatibility.md says what each of their keys does here.
 """
 
 import sys

@@ -18,13 +18,18 @@ logger = logging.getLogger(__name__)
 def parse_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse a launcher's command line."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_arguments(parser)
+    parser.add_argument("--plan", nargs="?", const="text", choices=("text", "json"),
+                        help="print what would run (roles, models, strategies, devices, memory) and exit")  # fmt: skip
+    return parser.parse_intermixed_args(_explicit_plan(sys.argv[1:] if argv is None else argv))
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what names a config: its folder, its file, and the settings that replace those in it."""
     parser.add_argument("--config_path", required=True, help="folder of the YAML: absolute, or relative to the working "
                         "directory or to the launcher")  # fmt: skip
     parser.add_argument("--config_name", required=True, help="name of the YAML, with or without its ending")
-    parser.add_argument("--plan", nargs="?", const="text", choices=("text", "json"),
-                        help="print what would run (roles, models, strategies, devices, memory) and exit")  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the YAML")
-    return parser.parse_intermixed_args(_explicit_plan(sys.argv[1:] if argv is None else argv))
 
 
 def _explicit_plan(argv: list[str]) -> list[str]:

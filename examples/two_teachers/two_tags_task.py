@@ -7,8 +7,8 @@ A row looks like this (one JSON object a line)::
      "ground_truth": "1359", "tag": "ascending"}
 
 and the right answer is ``\\boxed{1359}``; with ``down`` it is ``\\boxed{9531}`` and the tag is ``descending``. Zero is
-left out, because a maths verifier takes ``0359`` and ``359`` for the same answer, and so are problems whose digits are
-all equal, because both orders would be right.
+left out, because a maths verifier takes ``0359`` and ``359`` for the same answer, and so are digits that already stand
+in either order, because whoever merely repeats them shall be wrong.
 
 Run as a script it writes ``train.jsonl`` and ``validation.jsonl``, which share no problem. Only the standard library
 is used, so that the data can be made again anywhere.
@@ -41,16 +41,11 @@ Row = dict[str, Any]
 
 
 def draw_digits(rng: random.Random) -> str:
-    """Draw one problem: 4 to 6 digits (each length equally likely), repetitions allowed, not all of them equal."""
+    """Draw one problem: 4 to 6 digits (each length equally likely), repetitions allowed, in neither order yet."""
     while True:
         digits = "".join(rng.choice(DIGITS) for _ in range(rng.randint(MIN_LENGTH, MAX_LENGTH)))
-        if len(set(digits)) > 1:
+        if all(digits != answer(digits, tag) for tag in TAGS):
             return digits
-
-
-def other(tag: str) -> str:
-    """Return the tag that asks for the opposite order."""
-    return TAGS[1 - TAGS.index(tag)]
 
 
 def question(digits: Iterable[str], tag: str) -> str:
@@ -85,10 +80,9 @@ def make_row(digits: str, tag: str, split: str, index: int) -> Row:
     }
 
 
-def digits_of_row(row: Row) -> str:
-    """Read a row's problem back from its user message."""
-    content: str = row["messages"][0]["content"]
-    return content.split(":")[1].replace(" ", "")
+def digits_of(message: str) -> str:
+    """Read a problem back from its user message, with an answer in it or without."""
+    return message.split(":")[1].split("(")[0].replace(" ", "")
 
 
 def make_splits(

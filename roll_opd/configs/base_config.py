@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from roll_opd.configs.field_spec import MAX_SEED, as_list, parse_with, ranged
 
+
 def _off_is_text(value: Any, path: str) -> Any:
     """YAML 1.1 reads a bare ``off`` as false."""
     return "off" if value is False else value
@@ -76,8 +77,8 @@ class BaseConfig:
     resume_from_checkpoint: bool | str = False
     """True: the newest complete checkpoint, and an error when there is none; text: the path of one."""
     preflight: Literal["full", "static", "off"] = field(default="full", metadata=parse_with(_off_is_text))
-    """Checks before the first step. `static`: files, models, data and settings. `full`: also a few samples from the loaded
-    models. `off`: only what a run cannot do without; for a control such as teacher = student."""
+    """Checks before the first step. `static`: files, models, data and settings. `full`: also a few samples from the
+    loaded models. `off`: only what a run cannot do without; for a control such as teacher = student."""
     html_samples: int = ranged(16, ge=0)
     """Trajectories on the HTML page of samples; 0: no page."""
     rollout_batch_size: int = ranged(128, ge=1)

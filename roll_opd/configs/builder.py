@@ -13,7 +13,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union
 
 from roll_opd.configs.field_spec import PARSE, RANGE
-from roll_opd.configs.roll_compat import HANDED_ON, OTHER_PIPELINES, PLACEHOLDER, RollKey, ignored_keys, roll_keys, spellings
+from roll_opd.configs.roll_compat import (
+    HANDED_ON,
+    OTHER_PIPELINES,
+    PLACEHOLDER,
+    ROLL_VARIABLES,
+    RollKey,
+    ignored_keys,
+    roll_keys,
+    spellings,
+)
 from roll_opd.errors import ConfigError
 
 T = TypeVar("T")
@@ -143,6 +152,8 @@ class Builder:
         known = roll_keys(cls)
         if key in ignored_keys(cls):
             self._known_to_roll(known[key], value, path)
+        elif at_top and key in ROLL_VARIABLES - self.variables - self.included:
+            self.ignored.append(self.shown(path))
         elif at_top and key in self.included - self.variables:
             # A shared file of variables may bring in more of them than this config reads.
             self.tolerated.append(self.shown(path))
@@ -154,7 +165,7 @@ class Builder:
         elif not (at_top and key in self.variables):
             candidates = {*field_types(cls), *ignored_keys(cls), *spellings(cls)}
             if at_top:
-                candidates |= {*self.variables, *self.included, *_TOP_LEVEL_WORDS}
+                candidates |= {*self.variables, *self.included, *ROLL_VARIABLES, *_TOP_LEVEL_WORDS}
             hint = did_you_mean(key, candidates) or _elsewhere(cls, key)
             raise ConfigError(self.shown(path), f"unknown key{hint}")
 

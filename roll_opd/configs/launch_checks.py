@@ -42,10 +42,6 @@ NOT_YET = [
     "length_loss_weight",
     "rollout_dump_dir",
     "mask_type",
-    # The critic; adv_estimator gae, which needs one, is refused with it.
-    "critic",
-    "critic_warmup",
-    "value_clip",
 ]
 NOT_YET_MODEL = [
     "lora_target",
@@ -91,6 +87,17 @@ UNREAD_DATA = ["preprocessing_num_workers"]
 _SUFFIX = "is not run by this version yet"
 
 
+def starts_critic(config: PipelineConfig) -> bool:
+    """Whether a launch runs the critic: it is configured, and the estimator of the advantage asks for its values."""
+    return config.critic is not None and config.adv_estimator == "gae"
+
+
+def launched_roles(config: PipelineConfig, names: Mapping[str, str]) -> dict[str, WorkerConfig]:
+    """The roles that hold a model and are started, by path; settings of a critic that is not started have no effect."""
+    roles = roles_of(config, names)
+    return roles if starts_critic(config) else {path: w for path, w in roles.items() if path != "critic"}
+
+
 def launch_blockers(loaded: LoadedConfig) -> list[ConfigError]:
     """Everything in ``loaded`` that this version cannot run, each with the nearest value that it can."""
     config, names = loaded.config, loaded.yaml_names
@@ -100,7 +107,7 @@ def launch_blockers(loaded: LoadedConfig) -> list[ConfigError]:
         found.append(ConfigError(field, f"{config.pipeline!r} {_SUFFIX}; use rlvr"))
     found += _strategies(loaded)
     found += _changed(config, NOT_YET, "")
-    for path, worker in roles_of(config, names).items():
+    for path, worker in launched_roles(config, names).items():
         found += _changed(worker, NOT_YET_WORKER, path)
         found += _changed(worker.model_args, NOT_YET_MODEL, f"{path}.model_args")
         found += _backend_settings(worker, path)
@@ -122,22 +129,37 @@ def launch_blockers(loaded: LoadedConfig) -> list[ConfigError]:
 
 
 def launch_warnings(loaded: LoadedConfig) -> list[str]:
-    """One line that names the changed settings which this version does not read; empty when there are none.
+    """What the user should know of a launch: a critic without a use, and settings that this version does not read.
 
-    They only affect speed or memory: what would change a result is refused by :func:`launch_blockers`.
+    Those settings, in one line, only affect speed or memory: what would change a result is refused by
+    :func:`launch_blockers`.
     """
     config, names = loaded.config, loaded.yaml_names
+    warnings = _critic_warnings(config)
     unread = _changed(config, UNREAD_PIPELINE, "")
-    for path, worker in roles_of(config, names).items():
+    for path, worker in launched_roles(config, names).items():
         unread += _changed(worker, UNREAD_WORKER, path)
         unread += _changed(worker.model_args, UNREAD_MODEL, f"{path}.model_args")
         unread += _changed(worker.sequence_packing_args, UNREAD_PACKING, f"{path}.sequence_packing_args")
     for path, data in _data_blocks(config, names).items():
         unread += _changed(data, UNREAD_DATA, path)
-    if not unread:
+    if unread:
+        fields = ", ".join(error.field for error in unread)
+        warnings.append(f"settings for speed or memory that this version does not read: {fields}")
+    return warnings
+
+
+def _critic_warnings(config: PipelineConfig) -> list[str]:
+    if starts_critic(config):
+        if config.critic_warmup < config.max_steps:
+            return []
+        problem = f"{config.critic_warmup} steps of warm-up, and max_steps is {config.max_steps}"
+        return [f"critic_warmup: {problem}: the student is never trained"]
+    idle = [error.field for error in _changed(config, ["critic", "critic_warmup", "value_clip"], "")]
+    if not idle:
         return []
-    fields = ", ".join(error.field for error in unread)
-    return [f"settings for speed or memory that this version does not read: {fields}"]
+    problem = f"adv_estimator {config.adv_estimator} asks for no values, and no critic is started"
+    return [f"{', '.join(idle)}: no effect, because {problem}"]
 
 
 def _data_blocks(config: PipelineConfig, names: Mapping[str, str]) -> dict[str, DataArguments]:
@@ -168,7 +190,7 @@ def _strategies(loaded: LoadedConfig) -> list[ConfigError]:
     config, names = loaded.config, loaded.yaml_names
     jobs = {names["actor_train"]: "actor_train", names["actor_infer"]: "actor_infer"}
     found = []
-    for path, worker in roles_of(config, names).items():
+    for path, worker in launched_roles(config, names).items():
         if path == "reference" and not config.needs_reference:
             continue
         runnable = RUNNABLE_STRATEGIES[jobs.get(path, path if path in RUNNABLE_STRATEGIES else "teacher")]

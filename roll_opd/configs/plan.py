@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from roll_opd.configs.checks import roles_of
 from roll_opd.configs.device_mapping import format_devices
+from roll_opd.configs.launch_checks import launched_roles, starts_critic
 from roll_opd.configs.loader import LoadedConfig
 from roll_opd.configs.memory import memory_per_device
 from roll_opd.configs.worker_config import WorkerConfig
@@ -20,7 +20,7 @@ def plan_as_dict(loaded: LoadedConfig) -> dict[str, Any]:
         roles["reference"] = _reference(list(config.teachers.values()), names["reference"])
     elif config.reference is not None:
         roles["reference"] = _role(config.reference, "reference")
-    if config.critic is not None:
+    if config.critic is not None and starts_critic(config):
         roles["critic"] = _role(config.critic, "critic")
     teachers = {
         name: {
@@ -63,7 +63,7 @@ def render_plan_text(loaded: LoadedConfig) -> str:
         for name, entry in plan["teachers"].items():
             lines.append(f"  {name}: tags {', '.join(entry['tags']) or '(all)'}, opd_kl_coef {entry['opd_kl_coef']:g}")
     lines += ["", "estimated memory:"] + [
-        f"  {path}: {memory_per_device(worker, path)}" for path, worker in roles_of(config, names).items()
+        f"  {path}: {memory_per_device(worker, path)}" for path, worker in launched_roles(config, names).items()
     ]
     lines += ["", "rewards:" if plan["rewards"] else "rewards: none"]
     for name, entry in plan["rewards"].items():

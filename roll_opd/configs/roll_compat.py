@@ -1,8 +1,8 @@
 """What becomes of every key of ROLL's configs here: the loader and ``docs/roll_compatibility.md`` read this one table.
 
-A key that ROLL has is the same here, has a fixed behaviour, is ignored with one warning, loads for a plan only, or is
-refused; a key that is in neither table nor dataclass is an error. The names are those of our classes; where ROLL's class
-is called otherwise, ``ROLL_CLASSES`` says so.
+A key that ROLL has is the same here, has a fixed behaviour, is ignored with one warning, or loads for a plan only. Keys
+of pipelines that we do not have are refused, and a key that is in neither table nor dataclass is an error. The classes
+are ours; where ROLL's is called otherwise, ``ROLL_CLASSES`` says so.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Status = Literal["same", "fixed", "ignored", "planned", "refused"]
+Status = Literal["same", "fixed", "ignored", "planned"]
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class RollKey:
     """What happens to one key."""
 
     status: Status
-    """`same` and `fixed` are fields of our class; `ignored`, `planned` and `refused` are not."""
+    """`same` and `fixed` are fields of our class; `ignored` and `planned` are not."""
     note: str = ""
-    """How the behaviour was fixed, or why the key is ignored, only planned, or refused."""
+    """How the behaviour was fixed, or why the key is ignored or only planned."""
     harmless: tuple[Any, ...] = ()
     """Values of a `planned` key that ask for nothing: a launch goes on. Null is always one. A mapping stands for every
     mapping that agrees with it where both have a key."""
@@ -58,10 +58,6 @@ def _ignored(note: str, names: str) -> dict[str, RollKey]:
 
 def _planned(note: str, *harmless: Any, names: str, inner: str = "") -> dict[str, RollKey]:
     return {name: RollKey("planned", note, harmless, tuple(inner.split())) for name in names.split()}
-
-
-def _refused(note: str, names: str) -> dict[str, RollKey]:
-    return {name: RollKey("refused", note) for name in names.split()}
 
 
 def _ignored_block(note: str, name: str, inner: str) -> dict[str, RollKey]:
@@ -118,12 +114,11 @@ ROLL_KEYS: dict[str, dict[str, RollKey]] = {
         **_planned(
             "recording and replaying rollouts", {"enable": False}, names="rollout_mock", inner="enable mode dump_dir"
         ),
-        **_ignored(
-            "a variable of ROLL's files that nothing here reads", "model_name default_history_length offload_nccl"
-        ),
     },
     "PipelineConfig": {
-        **_same("reward_pretrain actor_train actor_infer student_train student_infer async_generation_ratio ppo_epochs"),
+        **_same(
+            "reward_pretrain actor_train actor_infer student_train student_infer async_generation_ratio ppo_epochs"
+        ),
         **_same("max_grad_norm lambd pg_clip use_pg_clip_range pg_clip_low pg_clip_high value_clip target_kl"),
         **_same("kl_horizon advantage_clip reward_clip norm_mean_type norm_std_type critic_warmup entropy_loss_coef"),
         **_same("dual_clip_loss pure_opd_pipeline_type"),
@@ -160,7 +155,9 @@ ROLL_KEYS: dict[str, dict[str, RollKey]] = {
         ),
     },
     "RLVRConfig": {
-        **_same("num_return_sequences_in_group is_use_additional_prompts max_additional_running_prompts dataset_filter"),
+        **_same(
+            "num_return_sequences_in_group is_use_additional_prompts max_additional_running_prompts dataset_filter"
+        ),
         **_same("difficulty_loss_weight length_loss_weight use_topr_neg_loss_coef use_policy_loss_type use_topr_loss"),
         **_same("rl_loss_coef importance_sampling max_len_mask mask_type difficulty_mask difficulty_low_threshold"),
         **_same("difficulty_high_threshold error_max_len_clip error_max_len_threshold"),
@@ -178,7 +175,9 @@ ROLL_KEYS: dict[str, dict[str, RollKey]] = {
         **_planned("a cluster of judge models", names="reward_model"),
     },
     "AgenticConfig": {
-        **_same("custom_envs train_env_manager val_env_manager render_save_dir reward reward_normalization env_monitor"),
+        **_same(
+            "custom_envs train_env_manager val_env_manager render_save_dir reward reward_normalization env_monitor"
+        ),
         **_same("use_token_reward episode_reward_weight step_reward_weight step_reward_gamma ratio_type"),
         **_fixed(
             batch_adjust_mode="no row is trained twice: with `copy` a rollout that does not divide ends in a smaller "
@@ -189,15 +188,15 @@ ROLL_KEYS: dict[str, dict[str, RollKey]] = {
         **_ignored("follows from the placement", "partial_gpu_mode"),
         **_ignored("episodes are tokens from the start, so no system prompt is mocked", "skip_mock_system_prompt"),
         **_planned("a mode of ROLL's sandbox environments", "train", names="exp_mode"),
-        **_planned(
-            "environments of ROLL that parse tool calls", False, names="parse_tool_call_parameter_to_dict"
-        ),
+        **_planned("environments of ROLL that parse tool calls", False, names="parse_tool_call_parameter_to_dict"),
         **_ignored(_UNKNOWN_THERE, "reward_norm reward_shift reward_scale"),
     },
     "WorkerConfig": {
         **_same("name model_args training_args data_args generating_args strategy_args infer_batch_size"),
         **_same("backend_timeout system_envs use_dynamic_batching_in_train max_tokens_per_microbatch_in_train"),
-        **_same("use_dynamic_batching_in_infer max_tokens_per_microbatch_in_infer sequence_packing_args logits_in_fp32"),
+        **_same(
+            "use_dynamic_batching_in_infer max_tokens_per_microbatch_in_infer sequence_packing_args logits_in_fp32"
+        ),
         **_fixed(
             worker_cls="`roll.` paths resolve to ours",
             device_mapping="`list(range(0,8))` and the like are parsed, never evaluated; a list and a range work too",
@@ -380,6 +379,13 @@ HANDED_ON: dict[str, frozenset[str]] = {
     """),
 }
 
+# Variables at the top of ROLL's files, for its fragments to read. One that nothing reads is reported as ignored.
+ROLL_VARIABLES = split_names("""
+    model_name default_history_length offload_nccl max_tokens_per_step max_actions_per_traj env_manager_cls
+    agent_runner_cls agent_system_template agent_template action_pattern think_action_pattern all_response_pattern
+    sokoban_format_penalty frozen_format_penalty agent_config_common
+""")
+
 # Trackers that only ROLL's makers can reach.
 PRIVATE_TRACKERS = ("ml_tracker",)
 
@@ -404,7 +410,8 @@ def ignored_keys(cls: type) -> frozenset[str]:
 
 def top_level_names() -> frozenset[str]:
     """Every key that ROLL knows at the top of a YAML file of the pipelines that exist here."""
-    return frozenset().union(*(ROLL_KEYS[name] for name in ("BaseConfig", "PipelineConfig", "RLVRConfig", "AgenticConfig")))
+    classes = ("BaseConfig", "PipelineConfig", "RLVRConfig", "AgenticConfig")
+    return frozenset().union(*(ROLL_KEYS[name] for name in classes))
 
 
 def spellings(cls: type) -> dict[str, str]:

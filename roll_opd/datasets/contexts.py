@@ -74,7 +74,7 @@ def encode_contexts(
         prompts: the student's prompts.
         template: ``teacher_args.context_template``.
         tokenizer: the student's.
-        max_length: the most tokens that a context may have: what the teacher reaches, less the response.
+        max_length: the most tokens that a context may have.
         apply_chat_template: as for the student's prompts.
         chat_template_kwargs: as for the student's prompts.
 
@@ -104,8 +104,8 @@ def encode_contexts(
             raise DataError(f"{prompt.row.where}: the context template gives no tokens")
         if len(token_ids) > max_length:
             raise DataError(
-                f"{prompt.row.where}: the teacher's prompt has {len(token_ids)} tokens, and {max_length} leave room "
-                "for the response; shorten teacher_args.context_template or the row's fields, or lower response_length"
+                f"{prompt.row.where}: the teacher's prompt has {len(token_ids)} tokens, more than {max_length}; raise "
+                "teacher_args.context_length, or shorten teacher_args.context_template or the row's fields"
             )
     return contexts
 

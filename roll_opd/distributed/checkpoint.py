@@ -129,7 +129,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """Read the driver's state of a complete checkpoint."""
     state = read_json(checkpoint / STATE_FILE)
     try:
-        return {"step": int(state["step"]), "report": dict(state["report"])}
+        return {
+            "step": int(state["step"]),
+            "next_draw": int(state["next_draw"]),
+            "signal": dict(state["signal"]),
+            "report": dict(state["report"]),
+        }
     except (ValueError, KeyError, TypeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ConfigError("resume_from_checkpoint", f"{checkpoint / STATE_FILE} cannot be read: {reason}") from error

@@ -23,7 +23,11 @@ from roll_opd.distributed.strategy.base import ScoreRequest, ScoreResult, TrainI
 from roll_opd.distributed.weight_sync import WeightSync
 from roll_opd.errors import ConfigError, TrainingError
 from roll_opd.pipeline.batching import micro_batches, mini_batch_size, mini_batches, rank_shares, undeal
+from roll_opd.pipeline.critic import Critic
+from roll_opd.pipeline.finding import Finding, enforce
 from roll_opd.pipeline.metrics import opd_metrics, rollout_metrics
+from roll_opd.pipeline.preflight import model_field
+from roll_opd.pipeline.probe import Scorer, judge, noise_floor
 from roll_opd.pipeline.report import RunReport
 from roll_opd.pipeline.role_clusters import RoleClusters
 from roll_opd.pipeline.signal import Signal
@@ -47,6 +51,7 @@ class BasePipeline(ABC):
     Attributes:
         step: the step that runs next; also the version of the weights it samples with.
         tokenizer: the student's, set by :meth:`prepare`.
+        findings: what the preflight found so far.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -61,13 +66,17 @@ class BasePipeline(ABC):
         self.signal = Signal(self.config)
         self.loss = loss_of(self.config)
         self.next_draw = 0
+        self.findings: list[Finding] = []
         self._rewards_in_time = True
 
     # ---- what a subclass provides --------------------------------------------------------------------------------
 
     @abstractmethod
     def prepare(self) -> None:
-        """Read data and check whatever can be checked before a process is started."""
+        """Read data and check whatever can be checked before a process is started, into :attr:`findings`.
+
+        What cannot work is an error among them; then the pipeline is not prepared.
+        """
 
     @abstractmethod
     def build_stream(self, clusters: RoleClusters) -> TrajectoryStream:
@@ -81,17 +90,24 @@ class BasePipeline(ABC):
     def validate(self) -> None:
         """Measure the student on held-out prompts and report it."""
 
+    def probe_batch(self) -> Batch | None:
+        """Sample a few trajectories that training will not see, scored by the teachers; None: cannot be done."""
+        return None
+
     # ---- the loop ------------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
         """Train; return the summary that is also written to ``summary.json``."""
         resume_from = self.checkpoints.find(self.config.resume_from_checkpoint)
         self.prepare()
+        enforce(self.findings)
         with contextlib.ExitStack() as stack:
             self.checkpoints.set_aside(resume_from)
             stack.enter_context(self.report.open(self._restore_state(resume_from), self.loaded))
             with self.report.phase("start"):
                 self._start(stack, resume_from)
+            if self.config.preflight == "full" and self.step < self.config.max_steps:
+                enforce(self._probe())
             for step in range(self.step, self.config.max_steps):
                 self._run_step(step)
             self.sync_weights()
@@ -100,13 +116,43 @@ class BasePipeline(ABC):
                 self.validate()
             return self.report.finish(self.config.max_steps)
 
+    def examine(self) -> None:
+        """Load the models and try them on a few samples, without training; after :meth:`prepare`."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.report.open(None, self.loaded))
+            with self.report.phase("start"):
+                self._start(stack, None)
+            self._probe()
+
+    def _probe(self) -> list[Finding]:
+        """Try the loaded models; return what was found, which joins :attr:`findings`."""
+        self.sync_weights()
+        with self.report.phase("preflight"):
+            batch = self.probe_batch()
+            if batch is None:
+                found = [Finding("skipped", "", "samples: this pipeline has no probe", "samples")]
+            else:
+                first = self._scored_by_trainer(batch.trajectories)
+                floor = noise_floor(first)
+                self.report.note("probe/noise_floor", {"mean": floor.mean, "max": floor.max, "tokens": floor.tokens})
+                scorers = {
+                    name: Scorer(model_field(self.clusters.yaml_names[f"teacher-{name}"]), config.model_args.dtype)
+                    for name, config in self.clusters.scorer_configs.items()
+                }
+                pure, extrapolates = self.config.is_pure_opd, self.config.opd_args.base_model is not None
+                again = self.stream.score_again(first) if scorers else first
+                judged = judge(first, again, scorers, pure=pure, extrapolates=extrapolates)
+                found = [dataclasses.replace(finding, area="samples") for finding in judged]
+        self.findings += found
+        return found
+
     def _run_step(self, step: int) -> None:
         self.sync_weights()
         if self.config.eval_steps > 0 and step % self.config.eval_steps == 0:
             self.validate()
         batch = self.collect()
         trajectories, metrics = self.compute_advantages(batch)
-        metrics |= self.train(trajectories)
+        metrics |= self.update(trajectories)
         trajectories = self.with_verdicts(batch, trajectories)
         metrics |= rollout_metrics(trajectories, version=step) | opd_metrics(trajectories)
         metrics["teacher/failed_requests"] = float(self.clusters.teacher_pool.failures)
@@ -121,9 +167,12 @@ class BasePipeline(ABC):
     def _start(self, stack: contextlib.ExitStack, resume_from: Path | None) -> None:
         self.clusters = RoleClusters(self.loaded, self.report.folder.logs)
         stack.callback(self.clusters.stop)
+        self.critic = None if self.clusters.critic is None else Critic(self.config, self.clusters.critic)
         self.moving = {n: t for n, t in self.config.teachers.items() if t.teacher_args.self_teacher in ("ema", "live")}
         if resume_from is not None:
             self.clusters.train.call_all("load", str(resume_from / "actor_train"))
+            if self.clusters.critic is not None:
+                self.clusters.critic.call_all("load", str(resume_from / "critic"))
             for name in self.moving:
                 self.clusters.scorers[name].call_all("load_model", str(resume_from / f"teacher-{name}"))
             logger.info("resumed from %s: step %d comes next", resume_from, self.step)
@@ -176,15 +225,22 @@ class BasePipeline(ABC):
         ]
 
     def compute_advantages(self, batch: Batch) -> tuple[list[Trajectory], dict[str, float]]:
-        """Add ``old_logprobs`` and the training signal to the trajectories."""
+        """Add ``old_logprobs``, the critic's values and the training signal to the trajectories."""
         with self.report.phase("old_logprobs"):
             trajectories = self._with_old_logprobs(batch.trajectories)
+        if self.critic is not None:
+            with self.report.phase("values"):
+                trajectories = self.critic.with_values(trajectories)
         with self.report.phase("advantages"):
             return self.signal(trajectories, self.step)
 
     def _with_old_logprobs(self, trajectories: list[Trajectory]) -> list[Trajectory]:
         if self.config.opd_args.student_logprob_source == "infer":
             return [dataclasses.replace(t, old_logprobs=t.infer_logprobs) for t in trajectories]
+        return self._scored_by_trainer(trajectories)
+
+    def _scored_by_trainer(self, trajectories: list[Trajectory]) -> list[Trajectory]:
+        """Add ``old_logprobs`` and entropies from a trainer forward."""
         requests = [ScoreRequest(t.id, t.tokens, t.response_mask) for t in trajectories]
         shares = rank_shares(requests, len(self.clusters.train))
         results: list[ScoreResult] = undeal(self.clusters.train.call_each("score", [(share,) for share in shares]))
@@ -194,6 +250,14 @@ class BasePipeline(ABC):
             check_per_token("old_logprobs", result.logprobs, trajectory)
             out.append(dataclasses.replace(trajectory, old_logprobs=result.logprobs, entropies=result.entropies))
         return out
+
+    def update(self, trajectories: list[Trajectory]) -> dict[str, float]:
+        """Update the critic, if there is one, and, once it has warmed up, the student."""
+        if self.critic is None:
+            return self.train(trajectories)
+        with self.report.phase("train"):
+            metrics = self.critic.train(trajectories)
+        return metrics if self.step < self.config.critic_warmup else metrics | self.train(trajectories)
 
     def train(self, trajectories: list[Trajectory]) -> dict[str, float]:
         """Update the student on the batch; return the metrics of its optimizer steps, averaged."""
@@ -254,16 +318,21 @@ class BasePipeline(ABC):
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, step: int, final: bool) -> None:
-        """Write a checkpoint; the last one also holds the student in Hugging Face format."""
+        """Write a checkpoint; the last one also holds the models in Hugging Face format."""
 
         def write(folder: Path) -> None:
             self.clusters.train.call_all("save", str(folder / "actor_train"))
+            if self.clusters.critic is not None:
+                self.clusters.critic.call_all("save", str(folder / "critic"))
             for name in self.moving:
                 cluster = self.clusters.scorers[name]
                 cluster.wait(cluster.workers[0].save_model.remote(str(folder / f"teacher-{name}")), "save_model")
             if final:
                 self.clusters.train.call_all("export_hf", str(folder))
                 self.tokenizer.save_pretrained(folder)
+                if self.clusters.critic is not None:
+                    self.clusters.critic.call_all("export_hf", str(folder / "critic-hf"))
+                    self.tokenizer.save_pretrained(folder / "critic-hf")
             (folder / CONFIG_FILE).write_text(config_for_checkpoint_json(self.config))
 
         with self.report.phase("checkpoint"):
@@ -288,8 +357,8 @@ class BasePipeline(ABC):
             )
         for path in noted:
             logger.warning("%s differs from the run that made %s", path, resume_from)
-        self.step = int(state["step"]) + 1
-        self.next_draw = int(state["next_draw"])
+        self.step = state["step"] + 1
+        self.next_draw = state["next_draw"]
         self.signal.load(state["signal"])
         self.report.checkpoint = resume_from
         return dict(state["report"]) | {"next_step": self.step}

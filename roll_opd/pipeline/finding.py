@@ -106,8 +106,8 @@ def enforce(findings: Sequence[Finding]) -> None:
             logger.warning("%s", finding)
         else:
             logger.debug("%s: %s", finding.level, finding)
-    first, *others = errors_of(findings) or [None]
-    for finding in others:
+    stopping = errors_of(findings)
+    for finding in stopping[1:]:
         logger.error("%s", finding)
-    if first is not None:
-        raise first.as_error()
+    if stopping:
+        raise stopping[0].as_error()

@@ -7,8 +7,8 @@ from pathlib import Path
 WHOLE = 256 << 20
 """Bytes of weights up to which every byte is compared."""
 SAMPLES, SAMPLE_BYTES = 64, 256 << 10
-"""Of larger files, this many pieces are compared. Training moves weights all over a model, so that two checkpoints of one
-family differ in the first of them; only files that are copies agree in all."""
+"""Of larger files, this many pieces are compared. Training moves weights all over a model, so two checkpoints of one
+family differ in the first of them; only copies agree in all."""
 
 
 def same_model(a: str, b: str) -> bool:

@@ -35,7 +35,7 @@ from roll_opd.distributed.strategy.tokenizer import (
     vocabulary_of,
 )
 from roll_opd.errors import ConfigError, ModelError, RollOPDError
-from roll_opd.pipeline.finding import Check, Finding, NotKnown, failed
+from roll_opd.pipeline.finding import Check, Finding, Level, NotKnown, failed
 from roll_opd.pipeline.model_identity import same_model
 from roll_opd.pipeline.rlvr.prompt_source import PromptSource, read_prompts
 from roll_opd.rewards import resolve_reward
@@ -44,11 +44,16 @@ T = TypeVar("T")
 
 OVERLONG = 0.2
 """Share of overlong prompts above which the setting is more likely wrong than the data."""
+ARCHITECTURE = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size"),
+)
+"""Entries of ``config.json`` that decide the shapes of the weights."""
 MAX_TAGS = 20
 """Tags that are listed one by one."""
 LEAST_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 TRAINED_BYTES = 16
-"""Per parameter and at the least: what a scorer holds, by dtype; what FSDP2 holds of the student (see ``memory.py``)."""
+"""Per parameter and at the least: a scorer by its dtype, and what FSDP2 holds of the student (see ``memory.py``)."""
 
 
 class Facts:
@@ -168,10 +173,8 @@ def tokenizers(facts: Facts) -> Iterator[Finding]:
         others = set(facts.tokenizer.all_special_ids) ^ set(theirs.all_special_ids)
         if others:
             token = facts.tokenizer.convert_ids_to_tokens(min(others))
-            yield Finding(
-                "warning", field, f"{name} and student do not both treat {token!r} (id {min(others)}) as special; scores "
-                f"do not depend on it, check that the two belong to one family"
-            )  # fmt: skip
+            problem = f"{name} and student do not both treat {token!r} (id {min(others)}) as special"
+            yield Finding("warning", field, f"{problem}; check that the two belong to one family")
         yield Finding("ok", field, f"{name} has the student's {size} tokens and special ids")
 
 
@@ -196,16 +199,13 @@ def end_of_turn_reachable(facts: Facts) -> Iterator[Finding]:
     sampling = config.actor_infer.generating_args
     stop_strings = list(sampling.stop_strings or []) if sampling is not None else []
     if not vocabulary.stop_ids and not stop_strings:
-        yield Finding(
-            "error", field, "no stop token: neither the tokenizer nor generation_config.json names an eos_token_id, so "
-            "every response would run to response_length; add one, or set generating_args.stop_strings"
-        )  # fmt: skip
+        problem = "no stop token: neither the tokenizer nor generation_config.json names an eos_token_id"
+        fix = "add one, or set generating_args.stop_strings; else every response runs to response_length"
+        yield Finding("error", field, f"{problem}; {fix}")
     beyond = [i for i in vocabulary.stop_ids if i >= vocabulary.size]
     if beyond and len(beyond) == len(vocabulary.stop_ids):
-        yield Finding(
-            "error", field, f"the stop ids {beyond} lie beyond the tokenizer's {vocabulary.size} ids, where the head is "
-            f"padding for student and teachers alike; correct eos_token_id in generation_config.json"
-        )  # fmt: skip
+        problem = f"the stop ids {beyond} lie beyond the tokenizer's {vocabulary.size} ids, where every head is padding"
+        yield Finding("error", field, f"{problem}; correct eos_token_id in generation_config.json")
     data = config.actor_train.data_args
     if data is not None and not data.apply_chat_template:
         yield Finding("ok", field, f"bare prompts: a response ends with one of the ids {list(vocabulary.stop_ids)}")
@@ -216,11 +216,11 @@ def end_of_turn_reachable(facts: Facts) -> Iterator[Finding]:
         return
     token, number = closing
     if number not in vocabulary.stop_ids and not stop_strings:
-        yield Finding(
-            "error", field, f"the chat template ends a turn with {token!r} (id {number}), which is not among the stop "
-            f"ids {list(vocabulary.stop_ids)}: responses would go on behind their end. Add it to eos_token_id in "
-            f"generation_config.json, or to {facts.loaded.yaml_names['actor_infer']}.generating_args.stop_strings"
-        )  # fmt: skip
+        problem = f"the chat template ends a turn with {token!r} (id {number}), which is not among the stop ids"
+        role = facts.loaded.yaml_names["actor_infer"]
+        fix = f"add it to eos_token_id in generation_config.json, or to {role}.generating_args.stop_strings"
+        told = f"{problem} {list(vocabulary.stop_ids)}, so responses go on behind their end"
+        yield Finding("error", field, f"{told}; {fix}")
     else:
         yield Finding("ok", field, f"a turn ends with {token!r} (id {number}), which stops generation")
     for name, (path, _) in facts.scorers.items():
@@ -243,7 +243,7 @@ def context_lengths(facts: Facts) -> Iterator[Finding]:
     for path in facts.models:
         limit = (facts.architecture(path) or {}).get("max_position_embeddings")
         if limit is None:
-            yield Finding("skipped", model_field(path), "context length: config.json is not on this disk, or names none")
+            yield Finding("skipped", model_field(path), "context length: no config.json on this disk names one")
             continue
         if whole > limit:
             what = "prompt_length + response_length" if config.pipeline == "rlvr" else "sequence_length"
@@ -254,7 +254,7 @@ def context_lengths(facts: Facts) -> Iterator[Finding]:
             context = views[path].context_length or 2 * config.prompt_length
             if context + response > limit:
                 problem = f"{context} tokens and response_length = {response} are more than the {limit} of {path}"
-                level = "error" if views[path].context_length else "warning"
+                level: Level = "error" if views[path].context_length else "warning"
                 field = f"{path}.teacher_args.context_length"
                 yield Finding(level, field, f"{problem}; set it to {max(limit - response, 1)} at most")
                 continue
@@ -294,8 +294,7 @@ def student_roles(facts: Facts) -> Iterator[Finding]:
     if ours is None or theirs is None:
         yield Finding("skipped", model_field(names["actor_infer"]), "architecture: config.json is not on this disk")
         return
-    keys = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
-    for key in keys:
+    for key in ARCHITECTURE:
         if ours.get(key) != theirs.get(key):
             problem = f"{key} is {theirs.get(key)}, and {ours.get(key)} in {names['actor_train']}"
             yield Finding(
@@ -339,33 +338,26 @@ def batch_arithmetic(facts: Facts) -> Iterator[Finding]:
     samples = config.rollout_batch_size * group
     ranks = data_parallel_size(config.actor_train, path)
     update = size * training.gradient_accumulation_steps * ranks
-    yield Finding(
-        "ok", "rollout_batch_size", f"{config.rollout_batch_size} prompts x {group} samples = {samples} trajectories a step"
-    )  # fmt: skip
+    told = f"{config.rollout_batch_size} prompts x {group} samples = {samples} trajectories a step"
+    yield Finding("ok", "rollout_batch_size", told)
     whole, rest = divmod(samples, update)
+    parts = f"{size} x {training.gradient_accumulation_steps} x {ranks} rank(s) = {update} trajectories"
     left = f" and one of {rest}" if rest else ""
-    yield Finding(
-        "ok", f"{path}.training_args", f"an optimizer step takes {size} x {training.gradient_accumulation_steps} x {ranks} "
-        f"rank(s) = {update} trajectories: {whole} a step{left}, {config.ppo_epochs} time(s) over"
-    )  # fmt: skip
+    told = f"an optimizer step takes {parts}: {whole} of them a step{left}, {config.ppo_epochs} time(s) over"
+    yield Finding("ok", f"{path}.training_args", told)
     if ranks > samples:
-        yield Finding(
-            "warning", f"{path}.world_size", f"{ranks} ranks share {samples} trajectories, so {ranks - samples} compute "
-            f"nothing; use fewer ranks or a larger rollout_batch_size"
-        )  # fmt: skip
-    engines, infer = config.actor_infer.world_size or 1, config.actor_infer
+        problem = f"{ranks} ranks share {samples} trajectories, so {ranks - samples} compute nothing"
+        yield Finding("warning", f"{path}.world_size", f"{problem}; use fewer, or a larger rollout_batch_size")
+    infer, role = config.actor_infer, facts.loaded.yaml_names["actor_infer"]
+    engines = infer.world_size or 1
     each = -(-config.rollout_batch_size // engines) * group
     batches = -(-each // infer.infer_batch_size)
-    yield Finding(
-        "ok", f"{facts.loaded.yaml_names['actor_infer']}.infer_batch_size", f"{engines} engine(s) with {each} "
-        f"trajectories each at most: {batches} batch(es) of up to {infer.infer_batch_size}"
-    )  # fmt: skip
+    told = f"{engines} engine(s), {each} trajectories each at most: {batches} batch(es) of {infer.infer_batch_size}"
+    yield Finding("ok", f"{role}.infer_batch_size", told)
     if engines > config.rollout_batch_size:
-        yield Finding(
-            "warning", f"{facts.loaded.yaml_names['actor_infer']}.world_size", f"{engines} engines for "
-            f"{config.rollout_batch_size} prompts: whole groups go to one engine, so "
-            f"{engines - config.rollout_batch_size} idle; use fewer, or a larger rollout_batch_size"
-        )  # fmt: skip
+        idle = engines - config.rollout_batch_size
+        problem = f"{engines} engines for {config.rollout_batch_size} prompts, whose groups stay together: {idle} idle"
+        yield Finding("warning", f"{role}.world_size", f"{problem}; use fewer, or a larger rollout_batch_size")
 
 
 def devices(facts: Facts) -> Iterator[Finding]:
@@ -380,13 +372,9 @@ def devices(facts: Facts) -> Iterator[Finding]:
     present = torch.cuda.device_count()
     for path, numbers in mapped.items():
         if max(numbers) >= present:
-            yield failed(
-                ConfigError(
-                    f"{path}.device_mapping",
-                    f"asks for device {max(numbers)}, but this machine has {present} GPU(s), numbered from 0. Map fewer "
-                    f"devices, or leave device_mapping out to run on CPU processes",
-                )
-            )
+            problem = f"asks for device {max(numbers)}, but this machine has {present} GPU(s), numbered from 0"
+            fix = "map fewer devices, or leave device_mapping out to run on CPU processes"
+            yield Finding("error", f"{path}.device_mapping", f"{problem}; {fix}")
         else:
             yield Finding("ok", f"{path}.device_mapping", f"{format_devices(numbers)} of {present} GPU(s)")
 
@@ -399,9 +387,9 @@ def memory(facts: Facts) -> Iterator[Finding]:
         held = _least_bytes(worker)
         if held is None:
             continue
-        for place in worker.device_mapping or ["cpu"]:
-            count = 1 if worker.device_mapping else worker.world_size or 1
-            least.setdefault(str(place), {})[path] = held * count
+        count = 1 if worker.device_mapping else worker.world_size or 1
+        for place in [str(number) for number in worker.device_mapping or []] or ["cpu"]:
+            least.setdefault(place, {})[path] = held * count
     for place, by_role in sorted(least.items()):
         total = _memory_of(place, facts.config.ray_args.address)
         if total is None:
@@ -409,15 +397,12 @@ def memory(facts: Facts) -> Iterator[Finding]:
         where = "this machine's memory" if place == "cpu" else f"device {place}"
         largest = max(by_role, key=lambda path: by_role[path])
         if by_role[largest] > total:
-            yield Finding(
-                "error", largest, f"holds at least {_gib(by_role[largest])} in {where}, which has {_gib(total)}; use more "
-                f"devices, a smaller model, or a smaller dtype"
-            )  # fmt: skip
+            problem = f"holds at least {_gib(by_role[largest])} in {where}, which has {_gib(total)}"
+            yield Finding("error", largest, f"{problem}; use more devices, a smaller model, or a smaller dtype")
         elif sum(by_role.values()) > total:
-            yield Finding(
-                "warning", largest, f"{', '.join(by_role)} hold at least {_gib(sum(by_role.values()))} together in "
-                f"{where}, which has {_gib(total)}; map them to other devices"
-            )  # fmt: skip
+            together = f"{', '.join(by_role)} hold at least {_gib(sum(by_role.values()))} together"
+            problem = f"{together} in {where}, which has {_gib(total)}"
+            yield Finding("warning", largest, f"{problem}; map them to different devices, or use smaller models")
 
 
 def _roles(facts: Facts) -> dict[str, WorkerConfig]:
@@ -469,12 +454,12 @@ def _gib(count: float) -> str:
 
 def data_rows(facts: Facts) -> Iterator[Finding]:
     """Files are there, rows have what they need, prompts fit."""
-    problem: Finding | None = None
+    unusable: Finding | None = None
     field = f"{facts.student}.data_args"
     try:
         prompts = len(facts.source.train)
     except RollOPDError as error:
-        problem = failed(error, field)
+        unusable = failed(error, field)
     for split, counts in facts.rows.items():
         where = field if split == "train" else "validation.data_args"
         told = ", ".join(f"{counts[key]} {word}" for key, word in _COUNTED)
@@ -483,17 +468,13 @@ def data_rows(facts: Facts) -> Iterator[Finding]:
             yield Finding("ok", f"{where}.on_bad_row", f"{counts['bad']} bad rows are skipped, as it says")
         if counts["dropped_overlong"] > OVERLONG * counts["kept"]:
             share = counts["dropped_overlong"] / counts["kept"]
-            yield Finding(
-                "warning", "prompt_length", f"{share:.0%} of the {split} rows are longer than {facts.config.prompt_length} "
-                f"tokens and left out; raise it if they should be used"
-            )  # fmt: skip
-    if problem is not None:
-        yield problem
+            problem = f"{share:.0%} of the {split} rows are longer than {facts.config.prompt_length} tokens"
+            yield Finding("warning", "prompt_length", f"{problem} and left out; raise it, or remove them from the data")
+    if unusable is not None:
+        yield unusable
     elif prompts < facts.config.rollout_batch_size:
-        yield Finding(
-            "warning", "rollout_batch_size", f"{facts.config.rollout_batch_size} prompts a step of {prompts} in all: some "
-            f"come twice in one step; lower it, or give more rows"
-        )  # fmt: skip
+        problem = f"{facts.config.rollout_batch_size} prompts a step of {prompts} in all, so some come twice in a step"
+        yield Finding("warning", "rollout_batch_size", f"{problem}; lower it, or give more rows")
 
 
 _COUNTED = (("read", "rows read"), ("bad", "bad"), ("dropped_overlong", "too long"), ("used", "used"))
@@ -512,9 +493,8 @@ def tag_coverage(facts: Facts) -> Iterator[Finding]:
         if teachers:
             said += f", teacher {', '.join(who)}" if who else ", no teacher (opd_args.uncovered: reward_only)"
         if rewards and graded_by[tag] is None:
-            yield Finding(
-                "warning", "rewards", f"{said}, no reward: its responses are not graded; add it to a tag_included"
-            )  # fmt: skip
+            problem = f"{said}, no reward, so its responses are not graded"
+            yield Finding("warning", "rewards", f"{problem}; add the tag to a reward's tag_included")
         else:
             yield Finding("ok", "tag_included", said + (f", reward {graded_by[tag]}" if rewards else ""))
     if len(tags) > MAX_TAGS:

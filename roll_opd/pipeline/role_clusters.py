@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from roll_opd.configs.launch_checks import starts_critic
 from roll_opd.configs.loader import LoadedConfig
 from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.configs.worker_config import TeacherArguments, TeacherConfig, WorkerConfig
@@ -18,16 +19,16 @@ from roll_opd.pipeline.batching import mini_batch_size
 from roll_opd.pipeline.reward_pool import RewardPool
 from roll_opd.pipeline.reward_worker import RewardWorkerActor
 from roll_opd.pipeline.teacher_pool import TeacherPool
-from roll_opd.pipeline.workers import InferWorker, TrainWorker
+from roll_opd.pipeline.workers import CriticWorker, InferWorker, TrainWorker
 from roll_opd.trajectory import BASE_MODEL, REFERENCE
 
 logger = logging.getLogger(__name__)
 
 
-def updates_per_step(config: PipelineConfig) -> int:
-    """Optimizer steps of one pipeline step."""
+def updates_per_step(config: PipelineConfig, trained: WorkerConfig) -> int:
+    """Optimizer steps that one pipeline step makes of the role ``trained``."""
     trajectories = config.rollout_batch_size * config.num_return_sequences_in_group
-    size = mini_batch_size(config.actor_train, config.actor_train.world_size or 1)
+    size = mini_batch_size(trained, trained.world_size or 1)
     return config.ppo_epochs * -(-trajectories // size)
 
 
@@ -64,6 +65,7 @@ class RoleClusters:
     Attributes:
         train: the student's trainer.
         infer: the student's generator.
+        critic: the value model, where the estimator of the advantage needs one.
         scorers: name -> cluster of each teacher, of the reference, of the base model.
         teacher_pool: scores trajectories.
         reward_pool: grades them.
@@ -81,7 +83,12 @@ class RoleClusters:
         for name, scorer in self.scorer_configs.items():
             models[f"teacher-{name}"] = scorer
             self.yaml_names[f"teacher-{name}"] = _yaml_name(loaded, name)
-        phases = {role: "train" if role == "actor_train" else "rollout" for role in models}
+        if starts_critic(config):
+            assert config.critic is not None
+            models["critic"] = config.critic
+        # The critic is busy before and after the student's trainer, never beside it.
+        alone = {"actor_train": "train", "critic": "critic"}
+        phases = {role: alone.get(role, "rollout") for role in models}
         threads = cpu_threads(models, phases, usable_cores())
         self.placement = Placement(models, self.yaml_names)
         shared: dict[str, Any] = {
@@ -97,6 +104,7 @@ class RoleClusters:
 
         self.train = cluster("actor_train", TrainWorker)
         self.infer = cluster("actor_infer", InferWorker)
+        self.critic = cluster("critic", CriticWorker) if "critic" in models else None
         self.scorers = {name: cluster(f"teacher-{name}", InferWorker) for name in self.scorer_configs}
         self.rewards = {
             name: Cluster(f"reward-{name}", reward, RewardWorkerActor, threads=1, **shared)
@@ -113,15 +121,16 @@ class RoleClusters:
     def _setup(self) -> None:
         """Load all models side by side; the first failure is the error that the user sees."""
         config, student = self.config, self.config.actor_train.model_args
-        self.train.connect_ranks()
-        pending = self.train.start_all(
-            "setup",
-            self.yaml_names["actor_train"],
-            config.actor_train,
-            student,
-            config.max_grad_norm,
-            config.max_steps * updates_per_step(config),
-        )
+        # While the critic warms up, the student's schedule stands still.
+        warmup = config.critic_warmup if self.critic is not None else 0
+        trained = [(self.train, "actor_train", config.actor_train, config.max_steps - warmup)]
+        if self.critic is not None and config.critic is not None:
+            trained.append((self.critic, "critic", config.critic, config.max_steps))
+        pending = []
+        for cluster, role, worker, steps in trained:
+            cluster.connect_ranks()
+            updates = max(steps, 0) * updates_per_step(config, worker)
+            pending += cluster.start_all("setup", self.yaml_names[role], worker, student, config.max_grad_norm, updates)
         pending += self.infer.start_all("setup", self.yaml_names["actor_infer"], config.actor_infer, student, True)
         teachers_generate = config.validation is not None and config.validation.teacher_accuracy
         for name, cluster in self.scorers.items():
@@ -138,7 +147,8 @@ class RoleClusters:
         for cluster in self.rewards.values():
             # Rewards own processes themselves; those notice their parent's death, but asking is faster.
             cluster.start_all("close")
-        for cluster in [*self.rewards.values(), *self.scorers.values(), self.infer, self.train]:
+        models = [*self.scorers.values(), self.infer, self.train, *([] if self.critic is None else [self.critic])]
+        for cluster in [*self.rewards.values(), *models]:
             cluster.stop()
         self.placement.release()
 

@@ -24,10 +24,10 @@ from roll_opd.distributed.strategy.base import (
     TrainItem,
     WeightBucket,
 )
-from roll_opd.distributed.strategy.factory import build_infer_strategy, build_train_strategy
-from roll_opd.distributed.strategy.tokenizer import load_tokenizer, vocabulary_of
+from roll_opd.distributed.strategy.factory import build_infer_strategy, build_train_strategy, build_value_strategy
+from roll_opd.distributed.strategy.tokenizer import check_same_vocabulary, load_tokenizer, vocabulary_of
 from roll_opd.distributed.worker import Worker
-from roll_opd.trajectory import TrajectoryId
+from roll_opd.trajectory import FloatArray, TrajectoryId
 
 DetailsKey = tuple[TrajectoryId, str]
 """A trajectory and the teacher that scored it."""
@@ -149,4 +149,44 @@ class TrainWorker(Worker):
 
     def export_hf(self, folder: str) -> None:
         """Write the model in Hugging Face format."""
+        self.strategy.export_hf(folder)
+
+
+class CriticWorker(Worker):
+    """``critic``: one rank of the value model."""
+
+    def setup(
+        self, yaml_name: str, config: WorkerConfig, student: ModelArguments, max_grad_norm: float, total_updates: int
+    ) -> None:
+        """Load and shard the model; the process group must exist."""
+        tokenizer = load_tokenizer(student, "the student")
+        if config.model_args.model_name_or_path != student.model_name_or_path:
+            check_same_vocabulary(tokenizer, load_tokenizer(config.model_args, yaml_name), yaml_name)
+        self.strategy = build_value_strategy(
+            yaml_name,
+            config,
+            vocabulary_of(tokenizer, student),
+            self.device,
+            max_grad_norm=max_grad_norm,
+            total_updates=total_updates,
+        )
+
+    def values(self, requests: Sequence[ScoreRequest]) -> list[FloatArray]:
+        """Value this rank's sequences."""
+        return self.strategy.values(requests)
+
+    def train_step(self, micro_batches: Sequence[Sequence[TrainItem]], value_clip: float | None) -> dict[str, float]:
+        """One optimizer step."""
+        return self.strategy.train_step(micro_batches, value_clip)
+
+    def save(self, folder: str) -> None:
+        """Write this rank's part of a checkpoint."""
+        self.strategy.save(folder)
+
+    def load(self, folder: str) -> None:
+        """Read this rank's part of a checkpoint."""
+        self.strategy.load(folder)
+
+    def export_hf(self, folder: str) -> None:
+        """Write the model in Hugging Face format, its head beside it."""
         self.strategy.export_hf(folder)

@@ -53,7 +53,8 @@ def test_teacher_equal_to_student_gives_no_signal(run, tmp_path: Path) -> None:
         "student_train.training_args.per_device_train_batch_size": 256,
     }
     real = run(tmp_path / "real", **common | {"student_train.training_args.learning_rate": 1e-6}).metrics[0]
-    same = run(tmp_path / "same", **common, **{"teacher.model_args.model_name_or_path": str(MODELS / "student")})
+    control = {"teacher.model_args.model_name_or_path": str(MODELS / "student"), "preflight": "off"}
+    same = run(tmp_path / "same", **common, **control)
     step = same.metrics[0]
     assert step["opd/advantage_absmax"] <= 1e-4
     assert step["train/grad_norm"] <= 1e-3 * real["train/grad_norm"]

@@ -31,12 +31,12 @@ def test_two_teachers_each_right_on_its_tag(run, tmp_path: Path) -> None:
 
 
 def test_two_teachers_with_swapped_routing(run, tmp_path: Path) -> None:
-    """The same teachers, each asked about the other's tag: the student must follow them into the wrong answers."""
+    """The same teachers, each asked about the other's tag, bring the student nowhere."""
     settings = {"teacher.up.tag_included": ["descending"], "teacher.down.tag_included": ["ascending"]}
-    finished = run(tmp_path / "run", example=TWO_TEACHERS, max_steps=20, eval_steps=20, **settings)
+    finished = run(tmp_path / "run", example=TWO_TEACHERS, eval_steps=40, **settings)
     for tag in ("ascending", "descending"):
         first, last = accuracy(finished, tag)
-        assert last <= first - 0.2, (tag, first, last)
+        assert last <= first + 0.05, (tag, first, last)
 
 
 def test_a_self_teacher_that_sees_the_answer_teaches(run, tmp_path: Path) -> None:

@@ -67,9 +67,7 @@ class FSDP2ValueStrategy:
                 results += batch.split(spread) if ours else []
         return results
 
-    def train_step(
-        self, micro_batches: Sequence[Sequence[TrainItem]], value_clip: float | None
-    ) -> dict[str, float]:
+    def train_step(self, micro_batches: Sequence[Sequence[TrainItem]], value_clip: float | None) -> dict[str, float]:
         """See :class:`~roll_opd.distributed.strategy.factory.ValueStrategy`.
 
         Returns:

@@ -100,6 +100,8 @@ class ShardedTrainer:
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         for index in range(int(most.item())):
             yield (rows[index], True) if index < len(rows) else ([_idle_request()], False)
+        # A forward without a backward leaves the root's parameters gathered: checkpoints would not find their shards.
+        self._fsdp.reshard()
 
     # ---- training ------------------------------------------------------------------------------------------------
 

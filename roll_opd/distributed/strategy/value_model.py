@@ -83,7 +83,8 @@ def load_value_model(args: ModelArguments, *, role: str, vocab_size: int, device
     """
     backbone, packs, others = load_pretrained(AutoModel, args, role=role, dtype=torch.float32)
     field = f"{role}.model_args.model_name_or_path"
-    rows = backbone.get_input_embeddings().weight.shape[0]
+    embeddings: Any = backbone.get_input_embeddings()
+    rows = int(embeddings.weight.shape[0])
     if rows < vocab_size:
         raise ModelError(
             f"{field}: {args.model_name_or_path!r} embeds {rows} tokens, the student's tokenizer has {vocab_size}"

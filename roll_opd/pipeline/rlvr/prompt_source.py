@@ -24,6 +24,7 @@ from roll_opd.errors import DataError
 logger = logging.getLogger(__name__)
 
 Note = Callable[[str, Any], None]
+Contexts = dict[str, dict[int, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,13 @@ class PromptSource:
     Attributes:
         train: prompts to train on.
         validation: held-out prompts.
-        contexts: teacher name -> row's place in its file -> the prompt that this teacher sees instead.
+        contexts: teacher name -> prompt (by ``id``; they all live in this object) -> what this teacher sees instead.
         position_of: draw number -> index into ``train``; a pure function, so a resumed run needs nothing else.
     """
 
     train: list[Prompt]
     validation: list[Prompt]
-    contexts: dict[str, dict[str, tuple[int, ...]]]
+    contexts: Contexts
     position_of: Callable[[int], int]
 
     def prompt_of(self, draw: int) -> Prompt:
@@ -48,7 +49,7 @@ class PromptSource:
 
     def contexts_of(self, prompt: Prompt) -> dict[str, tuple[int, ...]]:
         """Return what each teacher with a view of its own sees in place of ``prompt``."""
-        return {name: contexts[prompt.row.where] for name, contexts in self.contexts.items()}
+        return {name: places[id(prompt)] for name, places in self.contexts.items() if id(prompt) in places}
 
 
 def read_prompts(loaded: LoadedConfig, tokenizer: PreTrainedTokenizerBase, note: Note) -> PromptSource:
@@ -72,11 +73,16 @@ def read_prompts(loaded: LoadedConfig, tokenizer: PreTrainedTokenizerBase, note:
             check_context_template(settings.teacher_args.context_template, field)
     train = _with_signal(config, _encoded(config, data, f"{name}.data_args", "train", tokenizer, note), note)
     validation: list[Prompt] = []
+    contexts_of_validation: Contexts = {}
     if config.validation is not None and config.validation.data_args.file_name and config.eval_steps > 0:
         held_out = config.validation.data_args
         validation = _encoded(config, held_out, "validation.data_args", "validation", tokenizer, note)
         validation = validation[: config.validation.max_prompts]
-    contexts = _contexts(config, data, [*train, *validation], tokenizer)
+        contexts_of_validation = _contexts(config, held_out, validation, tokenizer)
+    contexts = {
+        name: by_place | contexts_of_validation.get(name, {})
+        for name, by_place in _contexts(config, data, train, tokenizer).items()
+    }
     return PromptSource(train, validation, contexts, _order(config, data, train))
 
 
@@ -158,21 +164,23 @@ def _with_signal(config: PipelineConfig, prompts: list[Prompt], note: Note) -> l
 
 def _contexts(
     config: PipelineConfig, data: DataArguments, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, dict[str, tuple[int, ...]]]:
-    contexts = {}
+) -> Contexts:
+    """What each teacher with a view of its own sees in place of the prompts that it scores."""
+    contexts: Contexts = {}
     for name, teacher in config.teachers.items():
         template = teacher.teacher_args.context_template
         if template is None:
             continue
+        scored = [p for p in prompts if not uncovered_tags([p.row.tag], [teacher.tag_included])]
         encoded = encode_contexts(
-            prompts,
+            scored,
             template,
             tokenizer,
             max_length=teacher.teacher_args.context_length or 2 * config.prompt_length,
             apply_chat_template=data.apply_chat_template,
             chat_template_kwargs=_template_kwargs(data),
         )
-        contexts[name] = {p.row.where: ids for p, ids in zip(prompts, encoded, strict=True)}
+        contexts[name] = {id(p): ids for p, ids in zip(scored, encoded, strict=True)}
     return contexts
 
 
@@ -181,7 +189,10 @@ def _order(config: PipelineConfig, data: DataArguments, prompts: list[Prompt]) -
     shares = data.domain_interleave_probs
     if not shares:
         return PromptOrder(len(prompts), config.seed, data.shuffle).index
-    routes = route_tags((p.row.tag for p in prompts), {n: r.tag_included for n, r in config.rewards.items()})
+    # ROLL's domains are rewards; pure distillation needs none, and there a domain may be a teacher.
+    covers = {name: teacher.tag_included for name, teacher in config.teachers.items() if name in shares}
+    covers |= {name: reward.tag_included for name, reward in config.rewards.items()}
+    routes = route_tags((p.row.tag for p in prompts), covers)
     domains = domains_of(prompts, routes, shares)
     sizes = {name: len(positions) for name, positions in domains.items()}
     order = DomainOrder(sizes, shares, config.seed, data.shuffle, config.rollout_batch_size)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
-from pathlib import Path
 
 from roll_opd.algorithms.reward_shaping import query_filter
 from roll_opd.configs.generating_args import GeneratingArguments
 from roll_opd.configs.pipeline_config import RLVRConfig
 from roll_opd.datasets.prompts import Prompt
 from roll_opd.distributed.strategy.base import Sampling
-from roll_opd.distributed.strategy.tokenizer import check_same_vocabulary, load_tokenizer
-from roll_opd.errors import ConfigError
 from roll_opd.pipeline.base_pipeline import BasePipeline
+from roll_opd.pipeline.finding import errors_of, run_checks
 from roll_opd.pipeline.metrics import reverse_kl, reward_metrics
-from roll_opd.pipeline.rlvr.prompt_source import read_prompts
+from roll_opd.pipeline.preflight import DATA_CHECKS, MODEL_CHECKS, SETTING_CHECKS, Facts, wanted
+from roll_opd.pipeline.probe import LOOK_AHEAD, MAX_NEW_TOKENS, STREAM, pick_prompts
+from roll_opd.pipeline.reward_pool import RewardPool
+from roll_opd.pipeline.rlvr.prompt_source import PromptSource
 from roll_opd.pipeline.role_clusters import RoleClusters, want_of
-from roll_opd.pipeline.trajectory_stream import TrajectoryStream
-from roll_opd.rewards import resolve_reward
+from roll_opd.pipeline.trajectory_stream import Batch, TrajectoryStream
 from roll_opd.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -28,38 +27,15 @@ logger = logging.getLogger(__name__)
 class RLVRPipeline(BasePipeline):
     """Prompts -> samples -> rewards beside teachers -> advantages -> update."""
 
-    def prepare(self) -> None:
-        """Load tokenizers and data, and refuse what cannot work together."""
-        config, names = self.config, self.loaded.yaml_names
-        student = config.actor_train.model_args
-        self.tokenizer = load_tokenizer(student, names["actor_train"])
-        for name, teacher in config.teachers.items():
-            role = self.loaded.teacher_yaml_name(name)
-            for warning in check_same_vocabulary(self.tokenizer, load_tokenizer(teacher.model_args, role), name):
-                logger.warning("%s", warning)
-        for name, reward in config.rewards.items():
-            resolve_reward(reward.worker_cls or "", f"rewards.{name}.worker_cls")
-        self._check_context_lengths()
-        args = config.opd_args
-        if self.loss.divergence is not None and args.support.endswith("topk") and args.top_k > len(self.tokenizer):
-            raise ConfigError(
-                "opd_args.top_k", f"{args.top_k} is more than the vocabulary of {len(self.tokenizer)} tokens; lower it"
-            )
-        self.source = read_prompts(self.loaded, self.tokenizer, self.report.note)
+    source: PromptSource
 
-    def _check_context_lengths(self) -> None:
-        """Refuse sequences that a model's positions do not reach (read from ``config.json``, where it is on disk)."""
-        wanted = self.config.prompt_length + (self.config.response_length or 0)
-        models = {self.loaded.yaml_names["actor_train"]: self.config.actor_train.model_args}
-        models |= {self.loaded.teacher_yaml_name(n): t.model_args for n, t in self.config.teachers.items()}
-        for name, args in models.items():
-            file = Path(str(args.model_name_or_path)) / "config.json"
-            limit = json.loads(file.read_text()).get("max_position_embeddings") if file.is_file() else None
-            if limit is not None and wanted > limit:
-                raise ConfigError(
-                    "response_length",
-                    f"prompt_length + response_length = {wanted} tokens, but {name} reaches {limit}; shorten them",
-                )
+    def prepare(self) -> None:
+        """See :class:`~roll_opd.pipeline.base_pipeline.BasePipeline`."""
+        facts = Facts(self.loaded, self.report.note)
+        checks = wanted(self.config, (*MODEL_CHECKS, *SETTING_CHECKS, *DATA_CHECKS))
+        self.findings += run_checks(checks, facts)
+        if not errors_of(self.findings):
+            self.tokenizer, self.source = facts.tokenizer, facts.source
 
     # ---- where trajectories come from ----------------------------------------------------------------------------
 
@@ -98,6 +74,21 @@ class RLVRPipeline(BasePipeline):
             return name is None
         spec = self.config.rewards[name].query_filter_config
         return query_filter(spec.type, spec.filter_args, rewards)
+
+    def probe_batch(self) -> Batch:
+        """See :class:`~roll_opd.pipeline.base_pipeline.BasePipeline`; prompts are the first draws' own."""
+        ahead = [self.prompt_of(draw) for draw in range(min(LOOK_AHEAD, len(self.source.train)))]
+        prompts = pick_prompts(ahead, [scorer.tag_included for scorer in self.clusters.scorer_configs.values()])
+        stream = self.stream
+        sampling = replace(stream.sampling, max_new_tokens=min(MAX_NEW_TOKENS, stream.sampling.max_new_tokens))
+        # Nobody reads their verdicts, and a reward that hangs must not hold up the start.
+        stream.rewards, rewards = RewardPool({}), stream.rewards
+        try:
+            batch = stream.validate(prompts, 1, sampling, self.config.seed, stream=STREAM)
+            stream.verdicts(batch, None)
+        finally:
+            stream.rewards = rewards
+        return batch
 
     # ---- validation ----------------------------------------------------------------------------------------------
 

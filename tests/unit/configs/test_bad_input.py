@@ -196,7 +196,7 @@ OTHER_LAUNCHERS = [
     (MIXED, "rlvr", {"use_kl_loss": True, "kl_loss_coef": 0.1}, "use_kl_loss", "whose place the teacher has taken"),
     (MIXED, "rlvr", {"add_token_level_kl": True}, "add_token_level_kl", "remove it: the teacher's term is opd_kl_coef"),
     (MIXED, "rlvr", {"teacher": {"teacher_args": {"self_teacher": "live"}}}, SELF, "give it a context_template"),
-    (MIXED, "rlvr", {"opd_args": {"objective": "direct", "apply_to": "reward"}}, "opd_args.apply_to", "remove apply_to"),
+    (MIXED, "rlvr", {"opd_args": {"objective": "direct", "apply_to": "reward"}}, "opd_args.apply_to", "remove"),
     (RL, "rlvr", {"use_kl_loss": True, "kl_loss_coef": 0.1}, "use_kl_loss", "add 'reference:'"),
     (RL, "rlvr", {"add_token_level_kl": True}, "add_token_level_kl", "add 'reference:'"),
     (RL, "rlvr", {"add_token_level_kl": True, "kl_penalty": "full", "reference": {"infer_batch_size": 1}}, "kl_penalty",
@@ -244,7 +244,12 @@ ACCEPTED = [
         lambda c: c.teachers["default"].model_args.model_name_or_path == "models/student",
     ),
     (
-        {"teacher": {"model_args": {"dtype": "fp32"}, "teacher_args": {"self_teacher": "ema", "context_template": "x"}}},
+        {
+            "teacher": {
+                "model_args": {"dtype": "fp32"},
+                "teacher_args": {"self_teacher": "ema", "context_template": "x"},
+            }
+        },
         lambda c: c.teachers["default"].teacher_args.ema_decay == 0.99,
     ),
 ]

@@ -80,7 +80,14 @@ def test_refused_with_the_nearest_value(changes, field, advice):
         {"opd_args": {"objective": "direct"}},
         {"opd_args": {"objective": "direct", "support": "full", "divergence": "jsd"}},
         {"opd_args": {"objective": "direct", "support": "union_topk", "top_k": 8}},
-        {"opd_args": {"coef_schedule": "cosine", "trust_region": 2.0, "entropy_keep": 0.5, "position_weight": "linear"}},
+        {
+            "opd_args": {
+                "coef_schedule": "cosine",
+                "trust_region": 2.0,
+                "entropy_keep": 0.5,
+                "position_weight": "linear",
+            }
+        },
         {"opd_args": {"base_model": "m", "extrapolation": 1.5}},
         {"max_len_mask": True},
     ],

@@ -55,7 +55,9 @@ def test_mixed_mode_and_rl_keep_the_actors_names():
 
 
 def test_pure_pipeline_type_chooses_the_config_class():
-    loaded = build_config(changed(PURE, {"pure_opd_pipeline_type": "agentic", "train_env_manager": {"max_env_num_per_worker": 3}}), OPD)
+    loaded = build_config(
+        changed(PURE, {"pure_opd_pipeline_type": "agentic", "train_env_manager": {"max_env_num_per_worker": 3}}), OPD
+    )
     assert isinstance(loaded.config, AgenticConfig)
     assert loaded.config.pipeline == "agentic"
     assert loaded.config.train_env_manager.max_env_num_per_worker == 3

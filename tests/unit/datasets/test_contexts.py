@@ -178,7 +178,7 @@ def test_a_context_that_is_too_long_is_named(tokenizer):
     rows = [row(0, prompt="1", ground_truth="2"), row(1, prompt="1", ground_truth="2 " * 20)]
     lengths = [len(context) for context in contexts_of(rows, HINTED, tokenizer)]
     assert len(contexts_of(rows, HINTED, tokenizer, max_length=lengths[1])) == 2
-    with pytest.raises(DataError, match=rf"^x\.jsonl:2: .* has {lengths[1]} tokens, and {lengths[1] - 1} leave room"):
+    with pytest.raises(DataError, match=rf"^x\.jsonl:2: .* has {lengths[1]} tokens, more than {lengths[1] - 1}; raise"):
         contexts_of(rows, HINTED, tokenizer, max_length=lengths[1] - 1)
     with pytest.raises(ValueError, match="max_length"):
         contexts_of(rows, HINTED, tokenizer, max_length=0)

@@ -18,7 +18,7 @@ def write(folder: Path) -> None:
 
 def save(folder: CheckpointFolder, *steps: int) -> None:
     for step in steps:
-        folder.save(step, {"step": step, "report": {}}, write)
+        folder.save(step, {"step": step, "next_draw": 0, "signal": {}, "report": {}}, write)
 
 
 def names(root: Path) -> list[str]:
@@ -32,7 +32,7 @@ def test_save_and_find(tmp_path) -> None:
     assert [step for step, _ in folder.complete()] == [2, 9, 10], "by number, not by name"
     newest = folder.find(True)
     assert newest == folder.root / "checkpoint-10"
-    assert read_state(newest) == {"step": 10, "report": {}}
+    assert read_state(newest) == {"step": 10, "next_draw": 0, "signal": {}, "report": {}}
     assert (newest / "actor_train" / "weights").read_bytes() == b"w" * 100
 
 
@@ -110,7 +110,7 @@ def test_leftovers_of_an_interrupted_write_are_removed_by_the_next_save(tmp_path
 def test_a_step_that_is_reached_again_is_replaced(tmp_path) -> None:
     folder = CheckpointFolder(tmp_path, keep=0)
     save(folder, 2)
-    folder.save(2, {"step": 2, "report": {"again": True}}, write)
+    folder.save(2, {"step": 2, "next_draw": 0, "signal": {}, "report": {"again": True}}, write)
     assert read_state(tmp_path / "checkpoint-2")["report"]["again"] is True
 
 
@@ -167,5 +167,5 @@ def test_a_disk_that_refuses(tmp_path) -> None:
 
 def test_the_state_is_json(tmp_path) -> None:
     folder = CheckpointFolder(tmp_path, keep=1)
-    folder.save(4, {"step": 4, "report": {"a": [1, 2.5, None]}}, write)
+    folder.save(4, {"step": 4, "next_draw": 0, "signal": {}, "report": {"a": [1, 2.5, None]}}, write)
     assert json.loads((tmp_path / "checkpoint-4" / STATE_FILE).read_text())["report"] == {"a": [1, 2.5, None]}

@@ -300,9 +300,7 @@ def test_the_size_of_rewards_does_not_change_the_teachers_term(make, estimator) 
         batch = [make(0, i, reward=size * i) for i in range(3)] + [make(1, 0, reward=0.0)]
         with_teacher, _ = Signal(mixed(2.0, adv_estimator=estimator))(batch, 0)
         without, _ = Signal(mixed(0.0, adv_estimator=estimator))(batch, 0)
-        return [
-            np.subtract(a, b).tolist() for a, b in zip(on_tokens(with_teacher), on_tokens(without), strict=True)
-        ]
+        return [np.subtract(a, b).tolist() for a, b in zip(on_tokens(with_teacher), on_tokens(without), strict=True)]
 
     close(term(1.0), [[-4.0, 1.0, 0.0]] * 4)
     close(term(100.0), [pytest.approx([-4.0, 1.0, 0.0], abs=1e-4)] * 4)
@@ -416,7 +414,7 @@ def test_the_running_moments_survive_a_checkpoint(make) -> None:
 
 
 def masked_batch(make) -> list[Trajectory]:
-    """Prompt 0 is mixed, prompt 1 all right; the second sample was cut at the limit; the fourth is wrong and longest."""
+    """Prompt 1 is all right; the second sample was cut at the limit; the fifth is wrong, and the longest."""
     return [
         make(0, 0, reward=1.0),
         make(0, 1, reward=0.0, finish_reason="length"),

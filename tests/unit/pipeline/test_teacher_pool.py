@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from roll_opd.configs.worker_config import TeacherConfig
+from roll_opd.distributed.strategy.base import ScoreWant
 from roll_opd.errors import ModelError, TeacherError
 from roll_opd.pipeline.teacher_pool import TeacherPool, accept, request_for
 
@@ -177,6 +179,87 @@ def test_values_off_the_mask_are_free_and_dropped(fakes) -> None:
     accepted = accept(t, request_for(t, "default"), dataclasses.replace(result, logprobs=logprobs))
     assert accepted.logprobs[~t.response_mask].tolist() == [0.0, 0.0]
     assert accepted.logprobs.dtype == np.float32
+
+
+# ---- requests and what comes back --------------------------------------------------------------------------------
+
+
+def test_a_context_replaces_all_before_the_first_sampled_token(fakes) -> None:
+    """Also in an episode of several turns, whose later prompts stay where they are."""
+    mask = np.array([False, False, True, False, True])
+    t = fakes.trajectory(1, response_mask=mask, contexts={"seeing": (7, 8, 9)})
+    request = request_for(t, "seeing")
+    assert request.id == t.id
+    assert request.tokens.tolist() == [7, 8, 9, *t.tokens[2:]] and request.tokens.dtype == np.int32
+    assert request.response_mask.tolist() == [False, False, False, True, False, True]
+    plain = request_for(t, "blind")
+    assert plain.tokens.tolist() == t.tokens.tolist() and plain.response_mask.tolist() == mask.tolist()
+    (result,) = fakes.good_scores([request])
+    np.testing.assert_array_equal(accept(t, request, result).logprobs, np.where(mask, -t.tokens, 0))
+
+
+@pytest.mark.parametrize("context", [(), (5,)])
+def test_a_context_may_be_shorter_than_the_prompt(fakes, context) -> None:
+    """An empty one leaves nothing that predicts the first token, which the scorer refuses; here it is only moved."""
+    t = fakes.trajectory(1, contexts={"a": context})
+    request = request_for(t, "a")
+    assert request.tokens.tolist() == [*context, *t.tokens[2:]]
+    assert request.response_mask.sum() == 3
+
+
+def test_a_score_of_the_students_own_sequence_is_not_one_behind_the_context(fakes) -> None:
+    t = fakes.trajectory(1, contexts={"a": (7, 8)})
+    (foreign,) = fakes.good_scores([request_for(t, "b")])
+    with pytest.raises(ValueError, match="another sequence"):
+        accept(t, request_for(t, "a"), foreign)
+
+
+def test_ids_to_report_on_are_the_engines_and_only_when_wanted(fakes) -> None:
+    t = fakes.trajectory(1, top_ids=np.arange(6, dtype=np.int32).reshape(3, 2), contexts={"a": (7,)})
+    for name in ("a", "b"):
+        assert request_for(t, name).given_ids is None
+        assert request_for(t, name, ScoreWant(top_k=3)).given_ids is None
+        assert request_for(t, name, ScoreWant(given=True)).given_ids is t.top_ids
+
+
+class DetailsWorker:
+    """Answers ``score_with_details`` as Ray does: one reference of the results and one of each sequence's details."""
+
+    def __init__(self, name: str, *answers) -> None:
+        self.name, self.answers, self.wants = name, list(answers), []
+        self.score_with_details = SimpleNamespace(options=self._options)
+
+    def _options(self, *, num_returns: int) -> SimpleNamespace:
+        def remote(requests, want):
+            assert num_returns == 1 + len(requests)
+            self.wants.append(want)
+            answer = self.answers.pop(0)
+
+            async def results():
+                if isinstance(answer, BaseException):
+                    raise answer
+                return answer(requests)
+
+            return [results(), *(f"{self.name}'s details of {r.id}" for r in requests)]
+
+        return SimpleNamespace(remote=remote)
+
+
+def test_details_stay_references_beside_their_sequence(fakes) -> None:
+    """The driver passes them on; of a request that failed none is left."""
+    bad = DetailsWorker("bad", task_error(RuntimeError("x")))
+    good = DetailsWorker("good", fakes.good_scores)
+    want = ScoreWant(hidden=True)
+    pool = TeacherPool(
+        {"a": (TeacherConfig(), [bad, good]), "b": (TeacherConfig(), [fakes.ScoringWorker()])}, {"a": want}
+    )
+    batch = [fakes.trajectory(i) for i in (3, 1, 2)]
+    out = score(pool, batch)
+    check_scores(out, batch, "a")
+    check_scores(out, batch, "b")
+    assert [scores["a"].details for scores in out] == [f"good's details of {t.id}" for t in batch]
+    assert all(scores["b"].details is None for scores in out)
+    assert bad.wants == good.wants == [want] and pool.failures == 1
 
 
 def test_a_single_replica_is_tried_again(fakes) -> None:

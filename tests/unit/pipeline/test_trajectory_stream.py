@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import random
 import threading
@@ -14,12 +15,13 @@ import numpy as np
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
 
-from roll_opd.configs.worker_config import RewardConfig
+from roll_opd.configs.worker_config import RewardConfig, TeacherConfig
 from roll_opd.datasets.prompts import Prompt
 from roll_opd.datasets.rows import Row
 from roll_opd.distributed.strategy.base import GenerateRequest, GenerateResult, Sampling
 from roll_opd.errors import GenerationError, TeacherError
 from roll_opd.pipeline.reward_pool import RewardPool
+from roll_opd.pipeline.teacher_pool import TeacherPool
 from roll_opd.pipeline.trajectory_stream import TrajectoryStream
 from roll_opd.rewards.base import RewardResult
 from roll_opd.trajectory import TeacherScores, Trajectory, TrajectoryId
@@ -234,6 +236,164 @@ def test_a_reward_that_hangs_delays_nothing(make_stream, fakes) -> None:
     graded = stream.verdicts(batch, patience=0.05)
     assert time.monotonic() - began < 5
     assert len(graded) == 10 and all(t.reward is None and t.teacher_scores for t in graded)
+
+
+# ---- groups that a filter drops ----------------------------------------------------------------------------------
+
+
+def kept_draws(batch) -> list[int]:
+    """The draws of a batch of whole groups of two."""
+    assert [t.id.sample for t in batch.trajectories] == [0, 1] * (len(batch.trajectories) // 2)
+    return [t.id.draw for t in batch.trajectories[::2]]
+
+
+def even(group: list[Trajectory]) -> bool:
+    assert len(group) == 2 and len({t.id.draw for t in group}) == 1
+    return group[0].id.draw % 2 == 0
+
+
+def collect_all(stream: TrajectoryStream, last: int, next_draw: int = 0, first: int = 0):
+    stream.start(prompt, SIZE, next_draw, first, last)
+    out = []
+    for version in range(first, last):
+        stream.weights_ready(version)
+        out.append(stream.collect())
+    return out
+
+
+def test_without_a_filter_draws_go_on_where_they_ended(make_stream) -> None:
+    batches = collect_all(make_stream([Engine(version=lambda: 9)]), 2)
+    assert [kept_draws(b) for b in batches] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert [(b.next_draw, b.filtered_groups) for b in batches] == [(5, 0), (10, 0)]
+
+
+def test_draws_go_on_until_the_batch_is_full(make_stream) -> None:
+    engine = Engine(version=lambda: 9)
+    batches = collect_all(make_stream([engine], keep_group=even), 2)
+    assert [kept_draws(b) for b in batches] == [[0, 2, 4, 6, 8], [10, 12, 14, 16, 18]]
+    # Rounds of the first batch: 0..4, then as many as are missing: 5 6, 7, 8. The second begins with 9.
+    rounds = [sorted({r.id.draw for r in call}) for call in engine.calls]
+    assert rounds[:4] == [[0, 1, 2, 3, 4], [5, 6], [7], [8]] and rounds[4] == [9, 10, 11, 12, 13]
+    assert [(b.next_draw, b.filtered_groups) for b in batches] == [(9, 4), (19, 5)]
+    assert all(t.teacher_scores for b in batches for t in b.trajectories)
+    for batch in batches:
+        assert batch.seconds["rollout"] >= batch.seconds["generate"] > 0
+
+
+def test_extra_draws_are_made_once_something_was_dropped(make_stream) -> None:
+    engine = Engine(version=lambda: 9)
+    (batch,) = collect_all(make_stream([engine], keep_group=even, extra_draws=1), 1)
+    rounds = [sorted({r.id.draw for r in call}) for call in engine.calls]
+    assert rounds == [[0, 1, 2, 3, 4], [5, 6, 7], [8, 9]]
+    assert kept_draws(batch) == [0, 2, 4, 6, 8] and (batch.next_draw, batch.filtered_groups) == (10, 5)
+
+
+def test_extra_draws_are_no_more_than_are_missing(make_stream) -> None:
+    """16 at once for one missing group would nearly all be thrown away."""
+    engine = Engine(version=lambda: 9)
+    stream = make_stream([engine], keep_group=lambda group: group[0].id.draw != 0, extra_draws=16)
+    batches = collect_all(stream, 2)
+    assert sorted({r.id.draw for r in engine.calls[1]}) == [5, 6]
+    # 6 was more than was needed; it is not trained on, nor is it a group that the filter dropped.
+    assert [kept_draws(b) for b in batches] == [[1, 2, 3, 4, 5], [7, 8, 9, 10, 11]]
+    assert [(b.next_draw, b.filtered_groups) for b in batches] == [(7, 1), (12, 0)]
+
+
+def test_a_filter_that_keeps_next_to_nothing_stops_the_run(make_stream) -> None:
+    stream = make_stream([Engine()], keep_group=lambda group: group[0].id.draw in (1, 7))
+    with pytest.raises(GenerationError, match=r"query_filter_config kept 2 of 10[0-9] prompts.*batch of 5.*widen"):
+        one_batch(stream)
+
+
+def test_filtered_batches_do_not_depend_on_what_finishes_first(make_stream) -> None:
+    settings = {"keep_group": even, "extra_draws": 2}
+    straight = collect_all(make_stream([Engine(version=lambda: 9)], Teachers(4), **settings), 3)
+    engines = [Engine(shuffled(seed), version=lambda: 9) for seed in (1, 2)]
+    again = collect_all(make_stream(engines, Teachers(4), **settings), 3)
+    assert [flat(b) for b in straight] == [flat(b) for b in again]
+
+
+def test_a_filtered_run_resumes_at_its_next_draw(make_stream) -> None:
+    straight = collect_all(make_stream([Engine(version=lambda: 9)], keep_group=even), 4)
+    stream = make_stream([Engine(version=lambda: 9)], keep_group=even)
+    resumed = collect_all(stream, 4, next_draw=straight[1].next_draw, first=2)
+    assert [flat(b) for b in resumed] == [flat(b) for b in straight[2:]]
+    assert [b.next_draw for b in resumed] == [b.next_draw for b in straight[2:]]
+
+
+def test_a_filter_waits_for_the_rewards_and_they_stay(make_stream, fakes) -> None:
+    """Here a group is kept unless all of its rewards are equal."""
+
+    async def slowly(items):
+        await asyncio.sleep(0.05)
+        return [RewardResult(i.id, float(i.id.endswith("1/0") and int(i.ground_truth) % 2), True, None) for i in items]
+
+    rewards = RewardPool({"math": (RewardConfig(), [SimpleNamespace(grade=fakes.Method(slowly))])})
+    stream = make_stream(
+        [Engine(version=lambda: 9)], rewards=rewards, keep_group=lambda group: len({t.reward for t in group}) > 1
+    )
+    (batch,) = collect_all(stream, 1)
+    assert kept_draws(batch) == [1, 3, 5, 7, 9] and batch.grading == []
+    assert [t.reward for t in batch.trajectories] == [0.0, 1.0] * 5
+    assert [t.reward for t in stream.verdicts(batch, None)] == [0.0, 1.0] * 5
+
+
+def test_an_error_of_a_filter_is_raised_by_collect(make_stream) -> None:
+    def broken(group):
+        raise ValueError("no threshold")
+
+    with pytest.raises(ValueError, match="no threshold"):
+        one_batch(make_stream([Engine()], keep_group=broken))
+
+
+# ---- what teachers see -------------------------------------------------------------------------------------------
+
+
+def test_a_context_reaches_its_teacher_and_the_scores_come_back_to_the_students_tokens(make_stream, fakes) -> None:
+    workers = {name: fakes.ScoringWorker() for name in ("plain", "privileged")}
+    pool = TeacherPool({name: (TeacherConfig(infer_batch_size=100), [w]) for name, w in workers.items()})
+
+    def contexts(p: Prompt) -> dict[str, tuple[int, ...]]:
+        return {"privileged": (500, 501, 502, 503, *p.token_ids)}
+
+    batch = one_batch(make_stream([Engine()], pool, contexts=contexts))
+    seen = {name: {r.id: r for r in worker.calls[0]} for name, worker in workers.items()}
+    for t in batch.trajectories:
+        before = int(t.response_mask.argmax())
+        response = t.tokens[before:].tolist()
+        assert seen["plain"][t.id].tokens.tolist() == t.tokens.tolist()
+        request = seen["privileged"][t.id]
+        assert request.tokens.tolist() == [500, 501, 502, 503, *prompt(t.id.draw).token_ids, *response]
+        assert request.response_mask.tolist() == [False] * (4 + before) + [True] * len(response)
+        for name in workers:
+            expected = np.where(t.response_mask, -t.tokens, 0)
+            np.testing.assert_array_equal(t.teacher_scores[name].logprobs, expected)
+
+
+def test_what_the_engine_ranked_first_travels_with_the_trajectory(make_stream) -> None:
+    def ranked(results):
+        return [dataclasses.replace(r, top_ids=np.stack([r.response_ids, r.response_ids + 1], -1)) for r in results]
+
+    for t in one_batch(make_stream([Engine(ranked)])).trajectories:
+        response = t.tokens[t.response_mask]
+        assert t.top_ids.tolist() == [[x, x + 1] for x in response.tolist()]
+
+
+def test_lost_scores_are_made_again(make_stream) -> None:
+    """The same trajectories in the order given, each with what the teachers say now."""
+    teachers = Teachers(4)
+    stream = make_stream([Engine()], teachers)
+    trajectories = one_batch(stream).trajectories
+    asked = [trajectories[i] for i in (7, 0, 3)]
+    bare = [dataclasses.replace(t, teacher_scores={}, reward=1.0) for t in asked]
+    again = stream.score_again(bare)
+    assert teachers.blocks[-1] == [t.id for t in asked] == [t.id for t in again]
+    for t, before in zip(again, asked, strict=True):
+        np.testing.assert_array_equal(t.teacher_scores["default"].logprobs, before.teacher_scores["default"].logprobs)
+        assert t.reward == 1.0
+    teachers.error = TeacherError("gone")
+    with pytest.raises(TeacherError, match="gone"):
+        stream.score_again(bare)
 
 
 # ---- faults ------------------------------------------------------------------------------------------------------

@@ -135,6 +135,36 @@ def test_sampled_mass(random_strategy, prompts) -> None:
     assert greedy.sampled_mass == pytest.approx(float(np.exp(greedy.infer_logprobs).mean()), abs=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.6, "top_k": 10, "top_p": 0.8}, {"greedy": True}])
+def test_top_ids_are_those_of_the_logits(random_strategy, plain_random, prompts, options) -> None:
+    """Best first, of the untruncated distribution, at every sampled token; whoever has left the batch by then."""
+    sampling = dataclasses.replace(PLAIN, report_top_ids=4, **options)
+    requests = [request(i, p, sampling, k) for i, p in enumerate(prompts) for k in range(2)]
+    free = run(random_strategy, requests, stop_ids=())
+    stops = tuple({int(free[r.id].response_ids[3 * i]) for i, r in enumerate(requests[:4])})
+    results = run(random_strategy, requests, stop_ids=stops)
+    assert len({len(r.response_ids) for r in results.values()}) > 2
+    for one in requests:
+        result = results[one.id]
+        tokens = torch.tensor([[*one.prompt_ids, *result.response_ids]])
+        with torch.no_grad():
+            logits = plain_random(input_ids=tokens).logits[0, len(one.prompt_ids) - 1 : -1, :VOCAB]
+        assert result.top_ids.shape == (len(result.response_ids), 4) and result.top_ids.dtype == np.int32
+        assert result.top_ids.tolist() == logits.topk(4, dim=-1).indices.tolist()
+        if options.get("greedy"):
+            assert result.top_ids[:, 0].tolist() == result.response_ids.tolist()
+
+
+def test_top_ids_only_when_asked_for_and_no_more_than_there_are(random_strategy, prompts) -> None:
+    name = TrajectoryId(0, 0)
+    plain = run(random_strategy, [request(0, prompts[0])])[name]
+    assert plain.top_ids is None
+    all_of_them = dataclasses.replace(PLAIN, report_top_ids=1000, max_new_tokens=2)
+    result = run(random_strategy, [request(0, prompts[0], all_of_them)])[name]
+    assert sorted(result.top_ids[1].tolist()) == list(range(VOCAB))
+    same(run(random_strategy, [request(0, prompts[0], dataclasses.replace(PLAIN, report_top_ids=3))])[name], plain)
+
+
 def test_padding_rows_are_never_sampled(random_strategy, prompts, tmp_path) -> None:
     """Even where the model puts nearly all its mass there; the fitting score is over the tokenizer's tokens alone."""
     lm = random_strategy.model.lm

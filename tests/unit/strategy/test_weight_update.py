@@ -34,9 +34,11 @@ def changed(lm: torch.nn.Module) -> torch.nn.Module:
     return other
 
 
-def update(strategy, buckets: list[WeightBucket], version: int) -> tuple[dict[str, int], dict[str, int]]:
+def update(
+    strategy, buckets: list[WeightBucket], version: int, mix: float = 1.0
+) -> tuple[dict[str, int], dict[str, int]]:
     sent: dict[str, int] = {}
-    strategy.begin_weight_update(version)
+    strategy.begin_weight_update(version, mix)
     for bucket in buckets:
         sent |= strategy.load_weights(bucket)
     return sent, dict(strategy.finish_weight_update(version))
@@ -125,3 +127,57 @@ def test_nothing_is_served_between_begin_and_finish(make_strategy, random_model,
     asked.join(10)
     new = strategy.score(sequences[:1])[0].logprobs
     assert np.array_equal(answers[0], new) and not np.array_equal(old, new)
+
+
+# ---- moving averages ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("per_bucket", [1, 3, 100])
+def test_a_mixed_update_is_the_moving_average(make_strategy, tiny_models, random_model, tied, per_bucket) -> None:
+    """held = (1 - mix) held + mix sent, three times over; a weight with two names is mixed once each time."""
+    strategy = make_strategy(tiny_models.student if tied else random_model)
+    lm = strategy.model.lm
+    expected = {name: p.detach().double().clone() for name, p in lm.named_parameters()}
+    source = lm
+    for version in (1, 2, 3):
+        source = changed(source)
+        new = dict(source.named_parameters())
+        held = {name: p.detach().clone() for name, p in lm.named_parameters()}
+        update(strategy, buckets_of(source, torch.float32, per_bucket), version, mix=0.25)
+        for name, parameter in lm.named_parameters():
+            assert torch.equal(parameter, torch.lerp(held[name], new[name].detach(), 0.25)), name
+            expected[name] = 0.75 * expected[name] + 0.25 * new[name].detach().double()
+    for name, parameter in lm.named_parameters():
+        assert not torch.equal(parameter, new[name])
+        torch.testing.assert_close(parameter.double(), expected[name], atol=1e-6, rtol=1e-6)
+    assert strategy.version == 3
+
+
+def test_mixing_equal_weights_changes_no_bit(make_strategy, random_model) -> None:
+    """The first update of a run: the average and the student are the same model."""
+    strategy = make_strategy(random_model)
+    buckets = buckets_of(strategy.model.lm, torch.float32)
+    sent, held = update(strategy, buckets, 0, mix=0.01)
+    assert sent == held
+
+
+def test_a_whole_update_after_a_mixed_one_is_a_copy(make_strategy, random_model) -> None:
+    """The share is that of one update, not of all later ones."""
+    strategy = make_strategy(random_model)
+    source = changed(strategy.model.lm)
+    sent, held = update(strategy, buckets_of(source, torch.float32), 1, mix=0.5)
+    assert sent.keys() == held.keys() and not any(sent[name] == held[name] for name in sent)
+    sent, held = update(strategy, buckets_of(source, torch.float32), 2)
+    assert sent == held
+
+
+def test_a_mixed_update_from_bf16_is_taken_in_the_holders_precision(make_strategy, random_model) -> None:
+    strategy = make_strategy(random_model)
+    source = changed(strategy.model.lm)
+    before = {name: p.detach().clone() for name, p in strategy.model.lm.named_parameters()}
+    update(strategy, buckets_of(source, torch.bfloat16), 1, mix=0.5)
+    rounded = {name: p.detach().bfloat16().float() for name, p in source.named_parameters()}
+    for name, parameter in strategy.model.lm.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, torch.lerp(before[name], rounded[name], 0.5)), name

@@ -26,6 +26,7 @@ VALUES: dict[str, Any] = {
     "norm_std_type": "batch",
     "upper_bound": 1.2,
     "moe_aux_loss_coef": 0.001,
+    "num_groups_partition": [128],
 }
 # ROLL's words for values of keys that are nothing here.
 THEIRS: dict[str, Any] = {"rollout_mock": {"enable": True, "mode": "dump", "dump_dir": "dumps"}}
@@ -53,6 +54,11 @@ def _value(key: str, known: RollKey, hint: Any, default: Any) -> Any:
         return [block(typing.cast(type, nested))]
     if nested is not None and typing.get_origin(hint) is not dict:
         return block(typing.cast(type, nested))
+    literal = next((option for option in options if typing.get_origin(option) is typing.Literal), None)
+    if default is None and literal is not None:
+        return typing.get_args(literal)[0]
+    if default is None and any(typing.get_origin(option) is dict for option in options):
+        return {}
     if default is None:
         return {int: 8, float: 0.5, str: "text"}.get(next((o for o in options if o in (int, float, str)), int))
     return default
@@ -77,7 +83,9 @@ def config(launcher: str) -> dict[str, Any]:
         raw["teacher"] = block(TeacherConfig)
     else:
         raw["reference"] = block(field_types(cls)["actor_train"])
-    train, infer = ("student_train", "student_infer") if launcher == "onpolicy_distill" else ("actor_train", "actor_infer")
+    train, infer = (
+        ("student_train", "student_infer") if launcher == "onpolicy_distill" else ("actor_train", "actor_infer")
+    )
     raw[train]["strategy_args"]["strategy_name"] = "megatron_train"
     raw[infer]["strategy_args"]["strategy_name"] = "vllm"
     for role in ("teacher", "reference"):

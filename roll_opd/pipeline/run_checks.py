@@ -1,0 +1,58 @@
+"""Checks of what a launch finds out by itself when it opens its folders: for the doctor, which opens none of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from roll_opd.distributed.checkpoint import CheckpointFolder
+from roll_opd.pipeline.finding import Check, Finding
+from roll_opd.pipeline.preflight import Facts
+
+PACKAGES = ("tensorboard", "wandb", "swanlab", "trackio")
+"""Trackers that are packages of their own."""
+
+
+def folders(facts: Facts) -> Iterator[Finding]:
+    """The run's folders exist, or can be made."""
+    config = facts.config
+    wanted = {
+        "output_dir": config.output_dir,
+        "logging_dir": config.logging_dir,
+        "checkpoint_config.output_dir": config.checkpoint_config.output_dir,
+    }
+    for field, name in wanted.items():
+        if name is None:
+            continue
+        folder = Path(os.path.abspath(Path(name).expanduser()))
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        if not nearest.is_dir():
+            yield Finding("error", field, f"{nearest} is a file, not a folder; remove it or choose another folder")
+        elif not os.access(nearest, os.W_OK | os.X_OK):
+            yield Finding("error", field, f"cannot write in {nearest}; choose a folder that this user can write")
+        else:
+            yield Finding("ok", field, str(folder))
+
+
+def resume(facts: Facts) -> Iterator[Finding]:
+    """The checkpoint to go on from is there."""
+    config = facts.config
+    if not config.resume_from_checkpoint:
+        return
+    root = config.checkpoint_config.output_dir or str(Path(config.output_dir) / "checkpoints")
+    found = CheckpointFolder(Path(os.path.abspath(Path(root).expanduser())), 0).find(config.resume_from_checkpoint)
+    yield Finding("ok", "resume_from_checkpoint", f"goes on from {found}")
+
+
+def trackers(facts: Facts) -> Iterator[Finding]:
+    """The packages of the trackers are installed."""
+    for name in facts.config.track_with:
+        if name in PACKAGES and importlib.util.find_spec(name) is None:
+            yield Finding("error", "track_with", f"the package {name} is not installed; install it, or remove {name}")
+        else:
+            yield Finding("ok", "track_with", name)
+
+
+RUN_CHECKS: tuple[Check[Facts], ...] = tuple(Check("run folder", find) for find in (folders, resume, trackers))
