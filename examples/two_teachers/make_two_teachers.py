@@ -5,12 +5,12 @@ The files in ``models/`` beside this script were made by it::
     python examples/two_teachers/make_two_teachers.py --output_dir examples/two_teachers/models
 
 All learn by supervised training on freshly drawn problems, none of them from the validation split. Each teacher has
-learnt half of the task: ``teacher_up`` sorts when it is asked for ascending order, ``teacher_down`` when it is asked for
-descending order, and under the other tag each repeats the digits as they stand. The student can sort both ways, but
-in ``UNSORTED_SHARE`` of its training answers the digits are repeated as they stand: it does not know whether to sort.
-In ``HINTED_SHARE`` of its prompts an answer stands in the user's message (sorted either way or not at all, whatever the
-tag), and is then the reply: it can use an answer that it is shown, which is what makes it its own teacher in
-``self_teacher.yaml``.
+learnt half of the task: ``teacher_up`` sorts when it is asked for ascending order, ``teacher_down`` when it is asked
+for descending order, and under the other tag each repeats the digits as they stand. The student can sort both ways,
+but in ``UNSORTED_SHARE`` of its training answers the digits are repeated as they stand: it does not know whether to
+sort. In ``HINTED_SHARE`` of its prompts an answer stands in the user's message (sorted either way or not at all,
+whatever the tag), and is then the reply: it can use an answer that it is shown, which is what makes it its own teacher
+in ``self_teacher.yaml``.
 
 A student that confuses the two orders was tried: making its answer depend on the tag takes several times as many
 samples, because a policy that is equally often right and wrong under both tags gets no pull towards looking at it.

@@ -101,7 +101,7 @@ def launched_roles(config: PipelineConfig, names: Mapping[str, str]) -> dict[str
 def launch_blockers(loaded: LoadedConfig) -> list[ConfigError]:
     """Everything in ``loaded`` that this version cannot run, each with the nearest value that it can."""
     config, names = loaded.config, loaded.yaml_names
-    found: list[ConfigError] = []
+    found = [ConfigError(path, f"{reason}; planned only") for path, reason in loaded.planned.items()]
     if config.pipeline not in RUNNABLE_PIPELINES:
         field = "pure_opd_pipeline_type" if config.is_pure_opd else "pipeline"
         found.append(ConfigError(field, f"{config.pipeline!r} {_SUFFIX}; use rlvr"))

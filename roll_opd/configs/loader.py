@@ -32,6 +32,8 @@ class LoadedConfig:
     """One sentence each, for the log and the plan."""
     yaml_names: dict[str, str] = field(default_factory=dict)
     """Canonical role, or `teachers.<name>`, to its path in the YAML."""
+    planned: dict[str, str] = field(default_factory=dict)
+    """What a plan accepts and a launch cannot do: path to reason."""
 
     def teacher_yaml_name(self, name: str) -> str:
         """Path of the teacher ``name`` in the YAML: ``teacher`` when it is one worker config, else ``teacher.<name>``.
@@ -83,7 +85,7 @@ def _build(raw: Mapping[str, Any], launcher: str, variables: frozenset[str], inc
     config = resolve(config, mapped.raw, mapped.yaml_names, warnings)
     check_config(config, mapped.raw, mapped.yaml_names, warnings)
     config = with_alias_resolved(config, mapped.raw)
-    return LoadedConfig(config, warnings, mapped.yaml_names)
+    return LoadedConfig(config, warnings, mapped.yaml_names, {**mapped.planned, **builder.planned})
 
 
 def config_to_dict(config: PipelineConfig) -> dict[str, Any]:
