@@ -12,8 +12,9 @@ sort. In ``HINTED_SHARE`` of its prompts an answer stands in the user's message 
 whatever the tag), and is then the reply: it can use an answer that it is shown, which is what makes it its own teacher
 in ``self_teacher.yaml``.
 
-A student that confuses the two orders was tried: making its answer depend on the tag takes several times as many
-samples, because a policy that is equally often right and wrong under both tags gets no pull towards looking at it.
+A student that confuses the two orders was tried. Where its answers did not yet lean the right way under each tag, 40
+steps of 128 samples brought it nothing, at any of three learning rates: it would first have to learn to look at the
+tag.
 
 Tokenizer and model class are the quickstart's, with three words more in the vocabulary. It uses one thread, so that
 the result does not depend on the number of cores.

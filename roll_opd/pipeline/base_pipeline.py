@@ -10,19 +10,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from roll_opd.algorithms.loss import DivergenceLoss, Loss
-from roll_opd.algorithms.policy_loss import PolicyLoss
 from roll_opd.configs import LoadedConfig, config_for_checkpoint_json, resume_conflicts
 from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.datasets.prompts import Prompt
 from roll_opd.distributed.checkpoint import CONFIG_FILE, CheckpointFolder, read_json, read_state
-from roll_opd.distributed.strategy.base import ScoreRequest, ScoreResult, TrainItem
 from roll_opd.distributed.weight_sync import WeightSync
-from roll_opd.errors import ConfigError, TrainingError
-from roll_opd.pipeline.batching import micro_batches, mini_batch_size, mini_batches, rank_shares, undeal
+from roll_opd.errors import ConfigError
 from roll_opd.pipeline.critic import Critic
 from roll_opd.pipeline.finding import Finding, enforce
 from roll_opd.pipeline.metrics import opd_metrics, rollout_metrics
@@ -31,13 +26,12 @@ from roll_opd.pipeline.probe import Scorer, judge, noise_floor
 from roll_opd.pipeline.report import RunReport
 from roll_opd.pipeline.role_clusters import RoleClusters
 from roll_opd.pipeline.signal import Signal
+from roll_opd.pipeline.student import Student
 from roll_opd.pipeline.trajectory_stream import Batch, TrajectoryStream
-from roll_opd.trajectory import Trajectory, TrajectoryId, check_per_token
+from roll_opd.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 
-COMPONENTS = ("policy_loss", "divergence_loss", "kl_loss")
-"""Parts of the loss that are reported one by one, as means over the sampled tokens."""
 PATIENCE = 1.0
 """Seconds that a step waits for the verdicts of rewards that only monitor, unless they were late the last time."""
 
@@ -55,6 +49,7 @@ class BasePipeline(ABC):
     """
 
     tokenizer: PreTrainedTokenizerBase
+    stream: TrajectoryStream
 
     def __init__(self, loaded: LoadedConfig) -> None:
         self.loaded = loaded
@@ -64,7 +59,6 @@ class BasePipeline(ABC):
         checkpoints = self.report.folder.checkpoints
         self.checkpoints = CheckpointFolder(checkpoints, self.config.max_ckpt_to_keep)
         self.signal = Signal(self.config)
-        self.loss = loss_of(self.config)
         self.next_draw = 0
         self.findings: list[Finding] = []
         self._rewards_in_time = True
@@ -132,7 +126,7 @@ class BasePipeline(ABC):
             if batch is None:
                 found = [Finding("skipped", "", "samples: this pipeline has no probe", "samples")]
             else:
-                first = self._scored_by_trainer(batch.trajectories)
+                first = self.student.scored(batch.trajectories)
                 floor = noise_floor(first)
                 self.report.note("probe/noise_floor", {"mean": floor.mean, "max": floor.max, "tokens": floor.tokens})
                 scorers = {
@@ -167,6 +161,7 @@ class BasePipeline(ABC):
     def _start(self, stack: contextlib.ExitStack, resume_from: Path | None) -> None:
         self.clusters = RoleClusters(self.loaded, self.report.folder.logs)
         stack.callback(self.clusters.stop)
+        self.student = Student(self.config, self.clusters.train, lambda lost: self.stream.score_again(lost))
         self.critic = None if self.clusters.critic is None else Critic(self.config, self.clusters.critic)
         self.moving = {n: t for n, t in self.config.teachers.items() if t.teacher_args.self_teacher in ("ema", "live")}
         if resume_from is not None:
@@ -189,11 +184,10 @@ class BasePipeline(ABC):
 
     def _send_teacher_heads(self, names: Iterable[str]) -> None:
         """Give the trainer the output projections that turn teachers' hidden states into distributions."""
-        if self.loss.divergence is None or self.loss.divergence.support != "full":
-            return
-        for name in names:
-            head = self.clusters.scorers[name].workers[0].head.remote()
-            self.clusters.train.call_all("set_teacher_head", name, head)
+        divergence = self.student.loss.divergence
+        if divergence is not None and divergence.support == "full":
+            for name in names:
+                self.student.set_teacher_head(name, self.clusters.scorers[name].workers[0].head.remote())
 
     def sync_weights(self) -> None:
         """Give the generator, and teachers that follow the student, this step's weights; then rollout may begin."""
@@ -227,93 +221,20 @@ class BasePipeline(ABC):
     def compute_advantages(self, batch: Batch) -> tuple[list[Trajectory], dict[str, float]]:
         """Add ``old_logprobs``, the critic's values and the training signal to the trajectories."""
         with self.report.phase("old_logprobs"):
-            trajectories = self._with_old_logprobs(batch.trajectories)
+            trajectories = self.student.with_old_logprobs(batch.trajectories)
         if self.critic is not None:
             with self.report.phase("values"):
                 trajectories = self.critic.with_values(trajectories)
         with self.report.phase("advantages"):
             return self.signal(trajectories, self.step)
 
-    def _with_old_logprobs(self, trajectories: list[Trajectory]) -> list[Trajectory]:
-        if self.config.opd_args.student_logprob_source == "infer":
-            return [dataclasses.replace(t, old_logprobs=t.infer_logprobs) for t in trajectories]
-        return self._scored_by_trainer(trajectories)
-
-    def _scored_by_trainer(self, trajectories: list[Trajectory]) -> list[Trajectory]:
-        """Add ``old_logprobs`` and entropies from a trainer forward."""
-        requests = [ScoreRequest(t.id, t.tokens, t.response_mask) for t in trajectories]
-        shares = rank_shares(requests, len(self.clusters.train))
-        results: list[ScoreResult] = undeal(self.clusters.train.call_each("score", [(share,) for share in shares]))
-        out = []
-        for trajectory, request, result in zip(trajectories, requests, results, strict=True):
-            assert result.checksum == request.checksum, f"scores of {result.id} for {trajectory.id}"
-            check_per_token("old_logprobs", result.logprobs, trajectory)
-            out.append(dataclasses.replace(trajectory, old_logprobs=result.logprobs, entropies=result.entropies))
-        return out
-
     def update(self, trajectories: list[Trajectory]) -> dict[str, float]:
         """Update the critic, if there is one, and, once it has warmed up, the student."""
-        if self.critic is None:
-            return self.train(trajectories)
         with self.report.phase("train"):
-            metrics = self.critic.train(trajectories)
-        return metrics if self.step < self.config.critic_warmup else metrics | self.train(trajectories)
-
-    def train(self, trajectories: list[Trajectory]) -> dict[str, float]:
-        """Update the student on the batch; return the metrics of its optimizer steps, averaged."""
-        config, cluster = self.config, self.clusters.train
-        seen: set[TrajectoryId] = set()
-        for trajectory in trajectories:
-            assert trajectory.id not in seen, f"trajectory {trajectory.id} twice in one batch"
-            seen.add(trajectory.id)
-        size = mini_batch_size(config.actor_train, len(cluster))
-        limit = config.response_length or 1
-        updates: list[dict[str, float]] = []
-        with self.report.phase("train"):
-            steps = [
-                micro_batches(mini_batch, config.actor_train, len(cluster), config.loss_agg_mode, limit)
-                for mini_batch in mini_batches(trajectories, size)
-            ]
-            self._fetch_details(steps)
-            for _ in range(config.ppo_epochs):
-                for ranks in steps:
-                    updates.append(_update_metrics(cluster.call_each("train_step", [(r, self.loss) for r in ranks])))
-            if self._details_wanted:
-                cluster.call_all("fetch_details", {})
-        return {name: float(np.mean([u[name] for u in updates])) for name in updates[0]} | {
-            "train/num_updates": float(len(updates))
-        }
-
-    @property
-    def _details_wanted(self) -> bool:
-        return self.loss.divergence is not None and self.loss.divergence.support != "sampled"
-
-    def _fetch_details(self, steps: list[list[list[list[TrainItem]]]]) -> None:
-        """Have each rank get the teachers' top-k tables or hidden states that its items need; score lost ones again."""
-        if not self._details_wanted:
-            return
-        needed: list[dict[Any, list[Any]]] = [{} for _ in range(len(self.clusters.train))]
-        by_id: dict[TrajectoryId, Trajectory] = {}
-        for ranks in steps:
-            for refs, rows in zip(needed, ranks, strict=True):
-                for item in (item for row in rows for item in row if item.token_weight > 0):
-                    trajectory = by_id[item.trajectory.id] = item.trajectory
-                    for name in trajectory.divergence_weights:
-                        refs[trajectory.id, name] = [trajectory.teacher_scores[name].details]
-        for _ in range(2):
-            lost = {key for keys in self._call_fetch(needed) for key in keys}
-            if not lost:
-                return
-            logger.warning("%d teacher scores were lost with the node that held them; scoring again", len(lost))
-            names = sorted({name for name, _ in lost})
-            again = {t.id: t for t in self.stream.score_again([by_id[name] for name in names])}
-            for refs in needed:
-                for key in lost & set(refs):
-                    refs[key] = [again[key[0]].teacher_scores[key[1]].details]
-        raise TrainingError(f"{len(lost)} teacher scores were lost twice; the object store may be too small")
-
-    def _call_fetch(self, needed: list[dict[Any, list[Any]]]) -> list[list[Any]]:
-        return list(self.clusters.train.call_each("fetch_details", [(refs,) for refs in needed]))
+            metrics = {} if self.critic is None else self.critic.train(trajectories)
+            if self.critic is not None and self.step < self.config.critic_warmup:
+                return metrics
+            return metrics | self.student.train(trajectories)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -362,36 +283,3 @@ class BasePipeline(ABC):
         self.signal.load(state["signal"])
         self.report.checkpoint = resume_from
         return dict(state["report"]) | {"next_step": self.step}
-
-
-def loss_of(config: PipelineConfig) -> Loss:
-    """The per-token loss that a config describes."""
-    args = config.opd_args
-    low, high = (config.pg_clip_low, config.pg_clip_high) if config.use_pg_clip_range else (config.pg_clip,) * 2
-    divergence = DivergenceLoss(args.divergence, args.support, args.jsd_beta, args.add_tail, args.log_ratio_clip)
-    return Loss(
-        # The dual clip's bound is ROLL's 1 + 2 * pg_clip.
-        policy=PolicyLoss(
-            low, high, 1.0 + 2.0 * config.pg_clip if config.dual_clip_loss else None, config.importance_sampling
-        ),
-        divergence=divergence if config.teachers and args.objective == "direct" else None,
-        entropy_coef=config.entropy_loss_coef,
-        kl_coef=config.kl_loss_coef if config.needs_reference and config.use_kl_loss else 0.0,
-        kl_kind="mse" if config.kl_loss_type == "k2" else "k3",
-    )
-
-
-def _update_metrics(ranks: list[dict[str, float]]) -> dict[str, float]:
-    """Metrics of one optimizer step; sums are global already, maxima are not."""
-    first = ranks[0]
-    tokens = max(first["sum/tokens"], 1.0)
-    return {
-        "train/loss": first["loss"],
-        "train/grad_norm": first["grad_norm"],
-        "train/lr": first["lr"],
-        "train/entropy": first["sum/entropy"] / tokens,
-        "train/ratio": first["sum/ratio"] / tokens,
-        "train/ratio_max": max(r["max/ratio"] for r in ranks),
-        "train/clip_fraction": first["sum/clipped"] / tokens,
-        "train/old_minus_new_logprob": first["sum/old_minus_new"] / tokens,
-    } | {f"train/{name}": first[f"sum/{name}"] / tokens for name in COMPONENTS if f"sum/{name}" in first}

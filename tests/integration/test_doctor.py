@@ -1,4 +1,4 @@
-"""The doctor as a user calls it, and the probe within a launch: it finds what only loaded models tell, and costs nothing."""
+"""The doctor as a user calls it, and the probe within a launch."""
 
 from __future__ import annotations
 
@@ -30,11 +30,17 @@ def doctor(*arguments: str) -> tuple[int, list[str]]:
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
     deadline = time.monotonic() + 10
-    while left := [p.info["cmdline"] for p in psutil.process_iter(["environ", "cmdline", "status"])
-                   if (p.info["environ"] or {}).get("ROLL_OPD_TEST") == mark and p.info["status"] != "zombie"]:  # fmt: skip
+    while left := left_behind(mark):
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
     return done.returncode, done.stdout.splitlines()
+
+
+def left_behind(mark: str) -> list[list[str]]:
+    """Command lines of the processes that inherited a variable of this value."""
+    known = [p.info for p in psutil.process_iter(["environ", "cmdline", "status"])]
+    mine = [info for info in known if (info["environ"] or {}).get("ROLL_OPD_TEST") == mark]
+    return [info["cmdline"] for info in mine if info["status"] != psutil.STATUS_ZOMBIE]
 
 
 def test_the_quickstart_is_well(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from roll_opd.configs.pipeline_config import (
 )
 from roll_opd.configs.worker_config import TeacherConfig
 from roll_opd.errors import TrainingError
-from roll_opd.pipeline.base_pipeline import loss_of
+from roll_opd.pipeline.student import loss_of
 from roll_opd.pipeline.signal import Signal
 from roll_opd.trajectory import BASE_MODEL, REFERENCE, TeacherScores, Trajectory
 
