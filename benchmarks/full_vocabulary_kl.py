@@ -3,16 +3,17 @@
 Each variant runs in a fresh process on the same inputs and reports its time, its peak of resident memory beyond what
 both need (inputs, and the gradients of hidden states and head), its loss and its gradients. One run measures all:
 
+- ``ahead``: the product, :func:`roll_opd.algorithms.chunked_head.head_outputs`, told what each token weighs in the
+  loss: gradients are made in the forward pass
+- ``recompute``: the same without being told: the logits are made again in the backward pass
 - ``naive``: both logit tensors, both log-softmaxes, autograd
-- ``recompute``: the product, :func:`roll_opd.algorithms.chunked_head.head_outputs`, which makes the logits again in the
-  backward pass
-- ``in_forward``: the alternative, gradients made in the forward pass, which needs the weight of each token beforehand
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from roll_opd.algorithms.chunked_head import CHUNK_TOKENS, FullTarget, Head, head_outputs
 
-VARIANTS = ("naive", "recompute", "in_forward")
+VARIANTS = ("ahead", "recompute", "naive")
 
 
 def inputs(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -49,38 +50,6 @@ def naive(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Te
     return (student.exp() * (student - teacher)).sum(dim=-1).mean()
 
 
-class GradientInForward(torch.autograd.Function):
-    """The mean divergence; hidden states' and head's gradients are made with it and wait for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, hidden, head, teacher_hidden, teacher_head, chunk):
-        n = len(hidden)
-        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
-        lp, p, t = (torch.empty(chunk, len(head)) for _ in range(3))
-        total = 0.0
-        for start in range(0, n, chunk):
-            rows = slice(start, min(start + chunk, n))
-            size = rows.stop - start
-            for x, weight, out in ((hidden, head, lp), (teacher_hidden, teacher_head, t)):
-                torch.mm(x[rows], weight.T, out=out[:size])
-                torch.log_softmax(out[:size], dim=-1, out=out[:size])
-            torch.exp(lp[:size], out=p[:size])
-            t[:size].neg_().add_(lp[:size])
-            value = torch.mul(t[:size], p[:size], out=lp[:size]).sum(dim=-1)
-            total += value.sum().item()
-            t[:size].sub_(value[:, None]).mul_(p[:size]).div_(n)
-            grad_hidden[rows] = t[:size] @ head
-            grad_head.addmm_(t[:size].T, hidden[rows])
-        ctx.grads = grad_hidden, grad_head
-        return hidden.new_tensor(total / n)
-
-    @staticmethod
-    def backward(ctx, upstream):
-        grads = [g.mul_(upstream) for g in ctx.grads]
-        del ctx.grads  # held here, they would be copied when they become .grad
-        return *grads, None, None, None
-
-
 def measure(args: argparse.Namespace) -> None:
     """Run one variant in this process; leave numbers and gradients in files."""
     torch.set_num_threads(args.threads)
@@ -92,10 +61,9 @@ def measure(args: argparse.Namespace) -> None:
     start, cpu = time.perf_counter(), time.process_time()
     if args.variant == "naive":
         loss = naive(hidden, head, teacher_hidden, teacher_head)
-    elif args.variant == "in_forward":
-        loss = GradientInForward.apply(hidden, head, teacher_hidden, teacher_head, args.chunk_tokens)
     else:
-        target = FullTarget("reverse_kl", teacher_hidden, Head(teacher_head))
+        weights = torch.full((args.tokens,), 1 / args.tokens) if args.variant == "ahead" else None
+        target = FullTarget("reverse_kl", teacher_hidden, Head(teacher_head), weights_m=weights)
         loss = head_outputs(hidden, Head(head), targets, [target], chunk_tokens=args.chunk_tokens).divergences[0].mean()
     middle = time.perf_counter()
     loss.backward()
@@ -133,6 +101,7 @@ def main() -> None:
         measure(args)
         return
     print(f"H={args.hidden} V={args.vocab} T={args.tokens} fp32, {args.threads} threads, chunks of {args.chunk_tokens}")
+    print(f"load average before the start: {os.getloadavg()[0]:.1f} over {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as folder:
         results, paths = {}, {name: Path(folder) / name for name in args.variants}
         for name, path in paths.items():
@@ -142,7 +111,7 @@ def main() -> None:
 
 
 def report(results: dict[str, dict[str, float]], paths: dict[str, Path]) -> None:
-    base_name = next(iter(results))
+    base_name = "naive" if "naive" in results else next(iter(results))
     base = results[base_name]
     base_grads = torch.load(paths[base_name].with_suffix(".pt"), mmap=True)
     columns = ("forward s", "backward s", "total s", "ratio", "cpu s", "ratio", "extra MB", "ratio")

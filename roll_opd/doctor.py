@@ -61,7 +61,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def examine(args: argparse.Namespace) -> list[Finding]:
     """Everything that can be found out about a config, in the order in which a launch would."""
-    from roll_opd.pipeline.finding import Finding, errors_of, failed
+    from roll_opd.pipeline.finding import Finding, failed
 
     launcher_dir = EXAMPLES if EXAMPLES.is_dir() else None
     try:
@@ -77,7 +77,7 @@ def examine(args: argparse.Namespace) -> list[Finding]:
     findings = [_in_area(f, "config") for f in findings]
     from roll_opd.pipeline.launch import examine_pipeline
 
-    return findings + examine_pipeline(loaded, static=args.static or bool(errors_of(findings)))
+    return examine_pipeline(loaded, args.static, findings)
 
 
 def guess_launcher(values: Mapping[str, Any]) -> str:
@@ -115,6 +115,8 @@ def show(findings: Sequence[Finding]) -> None:
             sys.stdout.write(f"{area}\n" + "".join(f"  {_line(f)}\n" for f in mine))
             continue
         table = Table(title=area, title_justify="left", title_style="bold", show_header=False, box=None)
+        for name in ("level", "field", "message"):
+            table.add_column(name, overflow="fold")
         for finding in mine:
             table.add_row(Text(finding.level, colours[finding.level]), Text(finding.field), Text(finding.message))
         console.print(table)

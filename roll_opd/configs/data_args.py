@@ -43,7 +43,8 @@ class DataArguments:
     shuffle: bool = True
     """Draw rows in a seeded random order; false keeps the order of the files."""
     domain_interleave_probs: dict[str, float] | None = None
-    """Share of each domain (reward name) in a batch of prompts; scaled to add up to 1. A prompt belongs to the domain
-    that its row's column `domain` names, else to the reward that takes its tag. Null: as the rows come."""
+    """Share of each domain in a batch of prompts; scaled to add up to 1. A domain is the name of a reward or a teacher.
+    A prompt belongs to the domain that its row's column `domain` names, else to the reward or teacher that takes its
+    tag. Null: as the rows come."""
     preprocessing_num_workers: int | None = ranged(None, ge=1)
     """Processes that render prompts; null: one."""

@@ -13,8 +13,9 @@ class ModelArguments:
     """Model, precision, attention kernel and adapters of one role."""
 
     model_name_or_path: str | None = None
-    """Folder of a Hugging Face checkpoint, or a hub name. Left out: the student's roles take `pretrain`; a teacher must
-    name its own, because scoring with the student's weights would silently give a zero signal."""
+    """Folder of a Hugging Face checkpoint, or a hub name. Left out: the student's roles and the reference take
+    `pretrain`; a teacher must name its own, because scoring with the student's weights would silently give a zero
+    signal, unless `teacher_args.self_teacher` says that it is the student."""
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Precision of the weights in the forward pass. bf16 is what current checkpoints are trained in; fp32 on CPU."""
     attn_implementation: Literal["auto", "sdpa", "eager", "fa2", "fa3", "flex"] | None = None

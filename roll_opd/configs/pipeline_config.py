@@ -30,7 +30,7 @@ class TrainInferWeightArguments:
     upper_bound: float | None = ranged(1.2, gt=0)
     """Ratios above are cut to this; null: no bound."""
     detach: bool = True
-    """Keep the weight out of the gradient."""
+    """Read by ROLL. Here the weight is made of numbers from before the update, so there is no gradient to keep out."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class PipelineConfig(BaseConfig, DataClassJsonMixin):
     pure_opd_pipeline_type: Literal["rlvr", "agentic"] = "rlvr"
     """Pipeline under pure OPD."""
     opd_kl_coef: float | None = ranged(None, ge=0)
-    """Weight of the teachers' log-ratio where a teacher sets none of its own; null: 1."""
+    """Weight of each teacher's term where it sets none of its own; null: 1."""
     opd_args: OPDArguments = field(default_factory=OPDArguments)
     """The distillation objective."""
     pretrain: str | None = None
@@ -194,9 +194,10 @@ class RLVRConfig(PipelineConfig):
     """Settings of the RLVR pipeline: sample selection and loss weights."""
 
     is_use_additional_prompts: bool = False
-    """Draw more prompts while filters drop groups, so that the batch stays full."""
+    """After a filter has dropped groups, draw more prompts than are missing: fewer rounds, some of them for nothing.
+    The batch is filled in either case."""
     max_additional_running_prompts: int = ranged(16, ge=0)
-    """Prompts beyond the batch that may be in flight."""
+    """Prompts beyond the missing ones that such a round draws at most; never more than are missing."""
     dataset_filter: dict[str, Any] = field(default_factory=dict)
     """Rows to keep, by source and difficulty."""
     use_policy_loss_type: Literal["PPO", "PG"] = "PPO"

@@ -86,7 +86,7 @@ class TeacherConfig(WorkerConfig):
     tag_included: list[str] = field(default_factory=list)
     """Tags of the samples this teacher scores; empty: all of them."""
     opd_kl_coef: float | None = ranged(None, ge=0)
-    """Weight of this teacher's log-ratio; null: the pipeline's `opd_kl_coef`, else 1."""
+    """Weight of this teacher's term; null: the pipeline's `opd_kl_coef`, else 1."""
     teacher_args: TeacherArguments = field(default_factory=TeacherArguments)
     """The teacher's own view of the prompt."""
     request_timeout: float = ranged(600.0, gt=0)
@@ -118,7 +118,7 @@ class RewardConfig(WorkerConfig):
     tag_included: list[str] = field(default_factory=list)
     """Tags of the samples this reward grades; empty: all of them."""
     reward_timeout: float = ranged(5.0, gt=0)
-    """Seconds for one response; a grading process that takes longer is killed and the response scores 0."""
+    """Seconds for one response; a grading process that takes longer is killed and the response stays ungraded."""
     query_filter_config: RewardFilterArguments = field(default_factory=RewardFilterArguments)
     """Drops whole prompts by their group's scores."""
     response_filter_config: RewardFilterArguments = field(default_factory=RewardFilterArguments)

@@ -43,8 +43,10 @@ def _leave_the_cores() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def examine_pipeline(loaded: LoadedConfig, static: bool) -> list[Finding]:
+def examine_pipeline(loaded: LoadedConfig, static: bool, findings: list[Finding]) -> list[Finding]:
     """Check a config as a launch would and, unless ``static``, try its models; nothing is trained or left behind.
+
+    What is found joins ``findings``; after an error no model is loaded.
 
     The run's own folders are not touched: what this writes lies in a temporary one, which is kept, and named, only when
     loading or sampling failed.
@@ -52,7 +54,7 @@ def examine_pipeline(loaded: LoadedConfig, static: bool) -> list[Finding]:
     _leave_the_cores()
     config = loaded.config
     facts = Facts(loaded)
-    findings = run_checks(RUN_CHECKS, facts)
+    findings = findings + run_checks(RUN_CHECKS, facts)
     if config.pipeline not in PIPELINES:
         return findings + run_checks(wanted(config, (*MODEL_CHECKS, *SETTING_CHECKS)), facts)
     folder = Path(tempfile.mkdtemp(prefix="roll_opd-doctor-"))

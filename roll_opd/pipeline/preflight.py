@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from roll_opd.configs.checks import data_parallel_size, roles_of
 from roll_opd.configs.device_mapping import format_devices
+from roll_opd.configs.launch_checks import starts_critic
 from roll_opd.configs.loader import LoadedConfig
 from roll_opd.configs.memory import count_parameters, find_model_config, memory_per_device
 from roll_opd.configs.model_args import ModelArguments
@@ -99,7 +100,7 @@ class Facts:
     def models(self) -> dict[str, ModelArguments]:
         """Path in the YAML -> model, of everything that reads the student's tokens."""
         models = {self.student: self.config.actor_train.model_args, **dict(self.scorers.values())}
-        if self.config.critic is not None:
+        if self.config.critic is not None and starts_critic(self.config):
             models["critic"] = self.config.critic.model_args
         return models
 
@@ -157,25 +158,31 @@ def model_field(path: str) -> str:
 
 def tokenizers(facts: Facts) -> Iterator[Finding]:
     """Every scorer has the student's tokens and special ids."""
-    size = len(facts.tokenizer.get_vocab())
-    yield Finding("ok", model_field(facts.student), f"tokenizer of {size} tokens")
+    ours: PreTrainedTokenizerBase | None = None
+    try:
+        ours = facts.tokenizer
+        yield Finding("ok", model_field(facts.student), f"tokenizer of {len(ours.get_vocab())} tokens")
+    except ModelError as error:
+        yield failed(error)
     for name, (path, _) in facts.scorers.items():
         field = model_field(path)
         try:
             theirs = facts.tokenizer_of(path)
+            if ours is None:
+                continue
             # Messages of the check begin with "teacher".
-            warnings = check_same_vocabulary(facts.tokenizer, theirs, name.removeprefix("teacher ").strip("'"))
+            warnings = check_same_vocabulary(ours, theirs, name.removeprefix("teacher ").strip("'"))
         except ModelError as error:
             yield failed(error, field)
             continue
         for warning in warnings:
             yield Finding("warning", field, warning)
-        others = set(facts.tokenizer.all_special_ids) ^ set(theirs.all_special_ids)
+        others = set(ours.all_special_ids) ^ set(theirs.all_special_ids)
         if others:
-            token = facts.tokenizer.convert_ids_to_tokens(min(others))
+            token = ours.convert_ids_to_tokens(min(others))
             problem = f"{name} and student do not both treat {token!r} (id {min(others)}) as special"
             yield Finding("warning", field, f"{problem}; check that the two belong to one family")
-        yield Finding("ok", field, f"{name} has the student's {size} tokens and special ids")
+        yield Finding("ok", field, f"{name} has the student's {len(ours.get_vocab())} tokens and special ids")
 
 
 def vocabulary_rows(facts: Facts) -> Iterator[Finding]:

@@ -25,6 +25,9 @@ from roll_opd.utils.tracking import RunTracker, build_tracker
 
 logger = logging.getLogger(__name__)
 
+WORK = ("weight_sync", "rollout", "old_logprobs", "values", "advantages", "train")
+"""Phases whose time counts in tokens per second."""
+
 
 class RunReport:
     """Collects what the loop measures and writes it where the user asked for it.
@@ -104,9 +107,7 @@ class RunReport:
         times, self._step_seconds = self._step_seconds, {}
         tokens = metrics["rollout/response_tokens"]
         self._tokens += tokens
-        work = sum(
-            s for name, s in times.items() if name in ("rollout", "old_logprobs", "advantages", "train", "weight_sync")
-        )
+        work = sum(s for name, s in times.items() if name in WORK)
         metrics |= {f"time/{name}": s for name, s in times.items()} | {
             "time/tokens_per_second": tokens / max(work, 1e-9)
         }
@@ -184,7 +185,7 @@ class RunReport:
         generating = self._seconds.pop("generate", 0.0)  # within the rollout
         seconds = {name: round(s, 3) for name, s in sorted(self._seconds.items())}
         total = sum(self._seconds.values())
-        work = sum(self._seconds.get(n, 0.0) for n in ("rollout", "old_logprobs", "advantages", "train", "weight_sync"))
+        work = sum(self._seconds.get(n, 0.0) for n in WORK)
         summary = {
             "accuracy_first": None,
             "accuracy_last": None,

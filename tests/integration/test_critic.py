@@ -182,8 +182,14 @@ def critics(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int]
     with ray_session(RayArguments()):
 
         def start(ranks: int) -> Any:
-            sgd = CRITIC["training_args"] | {"optimizer": "sgd", "learning_rate": 0.01, "per_device_train_batch_size": 4}
-            config = loaded_config(folder, critic=CRITIC | {"world_size": ranks, "training_args": sgd}).config
+            sgd = CRITIC["training_args"] | {
+                "optimizer": "sgd",
+                "learning_rate": 0.01,
+                "per_device_train_batch_size": 3,
+            }
+            config = loaded_config(
+                folder, critic=CRITIC | {"world_size": ranks, "training_args": sgd, "infer_batch_size": 3}
+            ).config
             placement = Placement({"critic": config.critic}, {})
             made = Cluster("critic", config.critic, CriticWorker, placement=placement, threads=1,
                            log_dir=str(folder), seed=0, system_envs={})  # fmt: skip
@@ -214,7 +220,7 @@ def test_ranks_change_neither_values_nor_update(critics) -> None:
         cluster, config = critics(ranks)
         # The batch is one optimizer step for both.
         worker = config.critic
-        steps = dataclasses.replace(worker.training_args, gradient_accumulation_steps=4 // ranks)
+        steps = dataclasses.replace(worker.training_args, gradient_accumulation_steps=5)
         critic = Critic(dataclasses.replace(config, critic=dataclasses.replace(worker, training_args=steps)), cluster)
         metrics = [critic.train(critic.with_values(items)) for _ in range(2)]
         results.append((metrics, critic.with_values(items)))

@@ -69,7 +69,7 @@ def test_every_mistake_in_one_go(tmp_path: Path) -> None:
         "student_train.data_args.file_name:",
     ]
     assert (code, lines[-1]) == (1, "3 errors, 1 warning"), lines
-    assert lines[-2].split()[0] == "skipped" and "not loaded" in lines[-2]
+    assert lines[-2].split()[0] == "skipped" and "not loaded, after errors" in lines[-2]
 
 
 @pytest.mark.parametrize(("arguments", "expected"), [

@@ -106,7 +106,7 @@ def test_dynamic_sampling_keeps_the_batch_full(run, tmp_path: Path) -> None:
         "save_steps": 1,
         "html_samples": 0,
         "rewards.math_rule.query_filter_config.type": "std_filter",
-        "rewards.math_rule.query_filter_config.filter_args": {"std_threshold": 0.0},
+        "rewards.math_rule.query_filter_config.filter_args.std_threshold": 0.0,
     }
     whole = run(tmp_path / "whole", **settings)
     assert sum(row["rollout/filtered_groups"] for row in whole.metrics) > 0
@@ -133,7 +133,8 @@ def test_plain_rl_with_a_reference(run, tmp_path: Path) -> None:
         "use_kl_loss": True,
         "kl_loss_coef": 0.01,
         "ppo_epochs": 2,
-        "reference": {"model_args": {"model_name_or_path": str(TWO_TEACHERS / "models" / "student"), "dtype": "fp32"}},
+        "reference.model_args.model_name_or_path": str(TWO_TEACHERS / "models" / "student"),
+        "reference.model_args.dtype": "fp32",
     }
     finished = run(tmp_path / "run", **settings)
     first, *_, last = finished.metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -9,9 +10,13 @@ from types import ModuleType
 
 import pytest
 
+from roll_opd.pipeline.student import COMPONENTS
+
 REPO = Path(__file__).parents[2]
 PAGES = sorted(
-    [*REPO.glob("*.md"), *REPO.glob("docs/*.md"), *REPO.glob("data/*.md"), *REPO.glob("examples/*/README.md")]
+    path
+    for pattern in ("*.md", "docs/*.md", "data/*.md", "benchmarks/*.md", "examples/*/README.md")
+    for path in REPO.glob(pattern)
 )
 
 
@@ -44,10 +49,10 @@ def test_notes_name_fields(maker: ModuleType) -> None:
 def test_relative_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if re.match(r"[a-z]+:", target) or target.startswith("#"):
+        if re.match(r"[a-z]+:", target):
             continue
         path, _, anchor = target.partition("#")
-        file = page.parent / path
+        file = page.parent / path if path else page
         assert file.exists(), f"{page.name}: {target}"
         if anchor:
             assert anchor in anchors(file), f"{page.name}: {target}"
@@ -59,13 +64,57 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+PREFIXES = "opd|rl|rollout|staleness|mismatch|train|critic|time|teacher|reward|probe"
+
+
+def emitted() -> set[str]:
+    """Names of metrics and of summary entries that the code emits, as far as they stand in it as literals."""
+    found: set[str] = set()
+    pipeline = REPO / "roll_opd" / "pipeline"
+    for source in pipeline.rglob("*.py"):
+        code = source.read_text(encoding="utf-8")
+        found |= set(re.findall(rf'"((?:{PREFIXES})/[a-z_]+)"', code))
+        found |= {f"time/{name}" for name in re.findall(r'(?:phase|add_seconds)\("([a-z_]+)"', code)}
+        found |= set(re.findall(r'\bnote\(\s*"([a-z_/]+)"', code))
+        if source.name == "rlvr_pipeline.py":
+            found |= {f"val/{name}" for name in re.findall(r'metrics\["([a-z_]+)"\]', code)}
+    found |= {f"train/{name}" for name in COMPONENTS}
+    # Signal puts what the advantages report under a prefix of its own.
+    advantages = ast.parse((REPO / "roll_opd" / "algorithms" / "advantages.py").read_text(encoding="utf-8"))
+    prefixes = {"rl_advantages": "rl", "_scores": "rl", "final_advantages": "opd"}
+    for function in advantages.body:
+        if isinstance(function, ast.FunctionDef) and function.name in prefixes:
+            found |= {f"{prefixes[function.name]}/{name}" for name in metric_keys(function)}
+    return found
+
+
+def metric_keys(function: ast.FunctionDef) -> set[str]:
+    """Text keys of ``metrics[...] = `` and of the dict displays in a function."""
+    keys: list[ast.expr | None] = []
+    for node in ast.walk(function):
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "metrics":
+            keys.append(node.slice)
+        elif isinstance(node, ast.Dict):
+            keys += node.keys
+    return {key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)}
+
+
+def test_the_code_is_searched_for_metrics() -> None:
+    """One of each way in which a name comes about; if the code moves, the search must follow."""
+    some = {"opd/reverse_kl", "rl/kl_coef", "rl/penalty_scale", "rl/reward_std", "opd/advantage_clip_fraction"}
+    some |= {"train/divergence_loss", "train/grad_norm", "critic/loss", "critic/explained_variance", "time/values"}
+    some |= {"rollout/filtered_groups", "mismatch/correction_min", "val/num_samples", "probe/noise_floor"}
+    assert some <= emitted()
+
+
 def test_every_metric_is_documented() -> None:
     """Metric names that stand as literals in the code stand in docs/metrics.md."""
     text = (REPO / "docs" / "metrics.md").read_text(encoding="utf-8")
-    sources = ["pipeline/metrics.py", "pipeline/base_pipeline.py", "pipeline/report.py"]
-    found = set()
-    for source in sources:
-        code = (REPO / "roll_opd" / source).read_text(encoding="utf-8")
-        found |= set(re.findall(r'"((?:opd|rollout|staleness|mismatch|train|time|teacher|reward)/[a-z_]+)"', code))
-    assert found
-    assert sorted(name for name in found if f"`{name}`" not in text) == []
+    assert sorted(name for name in emitted() if f"`{name}`" not in text) == []
+
+
+def test_every_documented_metric_is_emitted() -> None:
+    """What docs/metrics.md names under the prefixes of the signal and of training is what the code emits."""
+    text = (REPO / "docs" / "metrics.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:rl|mismatch|train|critic|time)/[a-z_]+)`", text))
+    assert sorted(named - emitted()) == []

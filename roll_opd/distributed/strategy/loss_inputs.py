@@ -47,6 +47,7 @@ class RowTensors:
         self.target_names: list[str] = []
         self.targets: list[FullTarget | SupportTarget] = []
         if loss.divergence is not None and loss.divergence.support != "sampled":
+            self._announces = not loss.kl_coef and not loss.entropy_coef and self._without_advantages()
             for name in self.teachers:
                 target = self._target(name, loss.divergence, teacher_heads, [i.token_weight > 0 for i in items])
                 if target is not None:
@@ -88,6 +89,16 @@ class RowTensors:
             parts.append(np.full(count, missing, np.float32) if values is None else trajectory.sampled(values))
         return self._put(np.concatenate(parts).astype(np.float32))
 
+    def _without_advantages(self) -> bool:
+        """Whether no policy gradient reaches a token that counts: the loss is then known to be divergences alone."""
+        return not bool(self._of(lambda t: t.advantages)[self.token_weights > 0].any())
+
+    def _weights(self, teacher: str, rows: Tensor) -> Tensor | None:
+        """What the divergence of each covered token weighs in the loss; None when the head cannot make use of it."""
+        if not self._announces:
+            return None
+        return (self.token_weights * self._of(lambda t: t.divergence_weights.get(teacher)))[rows]
+
     def _target(
         self, teacher: str, spec: DivergenceLoss, heads: Mapping[str, Head], counted: Sequence[bool]
     ) -> FullTarget | SupportTarget | None:
@@ -97,11 +108,12 @@ class RowTensors:
         if not covered:
             return None
         rows = self._put(np.concatenate([np.arange(starts[i], starts[i + 1]) for i in covered]))
+        weights = self._weights(teacher, rows)
         details = [self.trajectories[i].teacher_scores[teacher].details for i in covered]
         if spec.support == "full":
             assert all(isinstance(d, RawTensor) for d in details), "hidden states were not fetched"
             hidden = torch.cat([tensor_of(d, self.device) for d in details])
-            return FullTarget(spec.divergence, hidden, heads[teacher], spec.jsd_beta, rows)
+            return FullTarget(spec.divergence, hidden, heads[teacher], spec.jsd_beta, rows, weights)
         assert all(isinstance(d, SupportScores) for d in details), "top-k scores were not fetched"
         widest = max(d.ids.shape[1] for d in details)
 
@@ -111,7 +123,7 @@ class RowTensors:
         ids = np.concatenate([padded(d.ids, -1) for d in details]).astype(np.int64)
         logprobs = np.concatenate([padded(d.logprobs, -np.inf) for d in details])
         tail = self._put(np.concatenate([d.tail for d in details])) if spec.add_tail else None
-        return SupportTarget(spec.divergence, self._put(ids), self._put(logprobs), tail, spec.jsd_beta, rows)
+        return SupportTarget(spec.divergence, self._put(ids), self._put(logprobs), tail, spec.jsd_beta, rows, weights)
 
     def _put(self, array: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)

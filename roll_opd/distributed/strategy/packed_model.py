@@ -6,25 +6,22 @@ read", and nothing outside this file knows about it.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from roll_opd.algorithms.chunked_head import FullTarget, Head, HeadOutputs, SupportTarget, head_outputs
 from roll_opd.configs.model_args import ModelArguments
 from roll_opd.distributed.strategy import attention
 from roll_opd.distributed.strategy.base import HeadWeights
+from roll_opd.distributed.strategy.pretrained import load_pretrained
 from roll_opd.errors import ModelError
 from roll_opd.trajectory import PackedBatch, RawTensor
-
-logger = logging.getLogger(__name__)
 
 Apply = Callable[[Tensor, Head, Tensor], Any]
 """What to compute at the head: hidden states ``[n, H]``, the head, target ids ``[n]``."""
@@ -67,9 +64,11 @@ class PackedModel(nn.Module):
     def head(self) -> Head:
         """Return the output projection, padding trimmed."""
         projection = self.lm.get_output_embeddings()
-        bias = getattr(projection, "bias", None)
-        trimmed = None if bias is None else bias[: self.vocab_size]
-        return Head(projection.weight[: self.vocab_size], trimmed, self.soft_cap)
+        weight, bias = projection.weight, getattr(projection, "bias", None)
+        if len(weight) > self.vocab_size:
+            # Only then: the gradient of a slice is copied into one of full size, even of a slice that cuts nothing off.
+            weight, bias = weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
+        return Head(weight, bias, self.soft_cap)
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Return the final hidden states ``[N, H]`` of a packed row."""
@@ -135,67 +134,17 @@ def load_model(
     Raises:
         ModelError: the path does not hold a loadable model, or a model whose head we would compute wrongly.
     """
+    lm, packs, _ = load_pretrained(AutoModelForCausalLM, args, role=role, dtype=dtype or DTYPES[args.dtype])
     path = args.model_name_or_path
-    if path is None:
-        raise ModelError(f"{role}.model_args.model_name_or_path is not set")
-    attention.register()
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ModelError(f"{role}.model_args.model_name_or_path: the folder {path!r} holds no config.json")
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
-        _without_dropout(config, role)
-        packs = _fully_causal(config)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype or DTYPES[args.dtype],
-            attn_implementation=attention.NAME if packs else "sdpa",
-            trust_remote_code=args.trust_remote_code,
-            output_loading_info=True,
-        )
-    except Exception as error:
-        # Policy: refuse. A damaged folder makes transformers raise anything, from its validators to ZeroDivisionError.
-        where = "" if Path(path).exists() else " (no such folder here, and no cached or reachable hub model)"
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
-        raise ModelError(f"{role}.model_args.model_name_or_path: cannot load {path!r}{where}: {reason}") from error
-    lm, loading = loaded
-    # transformers fills what a file lacks with random numbers and goes on; such a model must neither teach nor learn.
-    absent = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
-    if absent:
-        raise ModelError(
-            f"{role}.model_args.model_name_or_path: the weights in {path!r} lack {len(absent)} tensor(s) of the model, "
-            f"or have them in another shape; first {absent[0]}"
-        )
     if lm.get_output_embeddings() is None:
         raise ModelError(f"{role}.model_args.model_name_or_path: {path!r} has no language-model head")
-    rows = lm.get_output_embeddings().weight.shape[0]
+    projection: Any = lm.get_output_embeddings()
+    rows = int(projection.weight.shape[0])
     if rows < vocab_size:
         raise ModelError(f"{role}: the head of {path!r} has {rows} rows, the tokenizer {vocab_size} tokens")
     model = PackedModel(lm, vocab_size, packs).to(device).eval()
     _check_head(model, role)
     return model
-
-
-def _without_dropout(config: Any, role: str) -> None:
-    """Switch every dropout of a model off.
-
-    Old and new log-probabilities must be those of the same function; with dropout the ratio of an unchanged model would
-    not be 1. Attention reads its rate from the config at every call, so modules alone would not do.
-    """
-    text = config.get_text_config()
-    rates = [n for n, v in vars(text).items() if "drop" in n and isinstance(v, float) and v > 0]
-    for name in rates:
-        setattr(text, name, 0.0)
-    if rates:
-        logger.warning("%s: dropout of the model is switched off (%s)", role, ", ".join(rates))
-
-
-def _fully_causal(config: Any) -> bool:
-    """Whether every layer attends to all earlier tokens; only then may our attention function serve the model."""
-    text = config.get_text_config()
-    layer_types = getattr(text, "layer_types", None) or []
-    sliding = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
-    return all(kind == "full_attention" for kind in layer_types) if layer_types else not sliding
 
 
 @torch.no_grad()

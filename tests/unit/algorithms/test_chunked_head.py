@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from roll_opd.algorithms.chunked_head import (
+    CHUNK_TOKENS,
     FullTarget,
     Head,
     HeadOutputs,
@@ -379,6 +380,234 @@ def test_weights_changed_between_forward_and_backward_are_noticed() -> None:
         out.logprobs_n.sum().backward()
 
 
+# --- gradients made in the forward pass -------------------------------------------------------------------------------
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.__name__.split(".")[0] in ("mm", "addmm", "addmm_")
+        return func(*args, **(kwargs or {}))
+
+
+Case = tuple[list[FullTarget | SupportTarget], list[Tensor], list[Tensor]]
+"""Targets without hints; the weight of each covered token, and the same spread over all tokens."""
+
+
+def cases(support: str, divergence: str, rows: list[int] | None, second: str | None) -> Case:
+    wanted = [(support, divergence, rows)] + ([(second, "jsd", [6, 1, 3])] if second else [])
+    targets, weights, spread = [], [], []
+    for i, (kind, name, r) in enumerate(wanted):
+        at = None if r is None else torch.tensor(r, dtype=torch.long)
+        targets.append(build(kind, name, at))
+        everywhere = normal(TOKENS, seed=20 + i)
+        everywhere[1] = 0.0
+        weights.append(everywhere if at is None else everywhere[at])
+        spread.append(everywhere if at is None else torch.zeros(TOKENS).double().index_copy(0, at, weights[-1]))
+    return targets, weights, spread
+
+
+def told(targets: list[FullTarget | SupportTarget], weights: list[Tensor]) -> list[FullTarget | SupportTarget]:
+    return [replace(t, weights_m=w) for t, w in zip(targets, weights, strict=True)]
+
+
+def backward_products(
+    targets: list, upstream: list[Tensor | None], *, soft_cap: float | None = None, chunk_tokens: int = CHUNK_TOKENS
+) -> tuple[int, int, list[Tensor]]:
+    """Products in the forward and in the backward pass, and gradients; upstream of logprob, entropy, divergences."""
+    hidden, head, ids = student(soft_cap)
+    assert head.bias_V is not None
+    leaves = [x.requires_grad_() for x in (hidden, head.weight_VH, head.bias_V)]
+    with Products() as forward:
+        out = head_outputs(hidden, head, ids, targets, chunk_tokens=chunk_tokens)
+    values = [out.logprobs_n, out.entropy_n, *out.divergences]
+    used = [(v, u) for v, u in zip(values, upstream, strict=True) if u is not None]
+    with Products() as backward:
+        grads = torch.autograd.grad([v for v, _ in used], leaves, [u for _, u in used])
+    return forward.count, backward.count, list(grads)
+
+
+@pytest.mark.parametrize(("chunk", "soft_cap"), [(3, 2.0), (TOKENS, None)])
+@pytest.mark.parametrize("second", [None, "full", "union"])
+@pytest.mark.parametrize("rows", [None, [5, 0, 3], [3, 1, 0, 6, 2, 5, 4], []])
+@pytest.mark.parametrize("support", SUPPORTS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_announced_weights_give_the_same_gradient_with_fewer_products(
+    divergence: str, support: str, rows: list[int] | None, second: str | None, chunk: int, soft_cap: float | None
+) -> None:
+    """The loss has -2.5 times the weights announced, and a policy gradient without advantages, which adds zeros."""
+    targets, weights, spread = cases(support, divergence, rows, second)
+    upstream = [torch.zeros(TOKENS).double(), None, *(-2.5 * w for w in spread)]
+    # Forward: the student's logits, and those of each teacher whose hidden states are at hand.
+    logits, again, expected = backward_products(targets, upstream, soft_cap=soft_cap, chunk_tokens=chunk)
+    ahead, after, got = backward_products(told(targets, weights), upstream, soft_cap=soft_cap, chunk_tokens=chunk)
+    chunks = math.ceil(TOKENS / chunk)
+    assert again == logits + 2 * chunks
+    assert (ahead, after) == (logits + 2 * chunks, 0)
+    assert_same(got, expected, 1e-12)
+    if rows != []:
+        assert all(x.norm() > 0.01 for x in got)
+
+
+@pytest.mark.parametrize("second", [None, "full"])
+@pytest.mark.parametrize(
+    "change",
+    ["one token a little", "one token's sign", "a token of weight 0", "logprobs", "entropy", "one teacher unused"],
+)
+def test_weights_that_turn_out_otherwise_cost_time_only(change: str, second: str | None) -> None:
+    targets, weights, spread = cases("full", "reverse_kl", [5, 1, 0, 3], second)
+    upstream: list[Tensor | None] = [None, None, *(3.0 * w for w in spread)]
+    d_first = upstream[2]
+    assert d_first is not None
+    if change == "one token a little":
+        d_first[5] *= 1 + 1e-5
+    elif change == "one token's sign":
+        d_first[0] *= -1
+    elif change == "a token of weight 0":
+        d_first[1] = 1e-3
+    elif change == "one teacher unused":
+        upstream = [normal(TOKENS, seed=1), None, d_first if second is None else None, *upstream[3:]]
+    else:
+        upstream[change == "entropy"] = normal(TOKENS, seed=1)
+    _, products, got = backward_products(told(targets, weights), upstream, chunk_tokens=3)
+    assert products > 0
+    as_rows = torch.stack([torch.zeros(TOKENS).double() if u is None else u for u in upstream])
+    assert_same(got, run(naive, *student(), targets, as_rows)[2 + len(targets) :])
+
+
+def test_a_rounding_of_the_weights_is_no_other_weight() -> None:
+    targets, weights, spread = cases("full", "jsd", None, None)
+    rounded = [w.float() for w in weights]
+    _, products, got = backward_products(told(targets, rounded), [None, None, *(1e-7 * w for w in spread)])
+    assert products == 0
+    assert_same(got, backward_products(targets, [None, None, *(1e-7 * w for w in spread)])[2], 1e-6)
+
+
+def test_a_teacher_without_weights_is_enough_to_know_nothing() -> None:
+    targets, weights, spread = cases("full", "jsd", None, "union")
+    half_told = [replace(targets[0], weights_m=weights[0]), targets[1]]
+    upstream = [None, None, *spread]
+    assert backward_products(half_told, upstream)[:2] == backward_products(targets, upstream)[:2]
+
+
+def test_weights_of_zero() -> None:
+    """Nothing counts: a gradient of zeros. Something counts after all: its gradient."""
+    targets, weights, spread = cases("full", "jsd", None, "union")
+    nothing = told(targets, [torch.zeros_like(w) for w in weights])
+    zeros = [torch.zeros(TOKENS).double()] * 2
+    _, products, got = backward_products(nothing, [None, None, *zeros])
+    assert products == 0 and all(x.abs().max() == 0 for x in got)
+    _, products, got = backward_products(nothing, [None, None, *spread])
+    assert products > 0
+    assert_same(got, backward_products(targets, [None, None, *spread])[2])
+    # Announced, but the divergence is not used by the loss.
+    _, products, got = backward_products(told(targets, weights), [zeros[0], None, None, None])
+    assert products == 0 and all(x.abs().max() == 0 for x in got)
+
+
+def test_weights_of_no_tokens() -> None:
+    hidden, head, targets = student()
+    weight = head.weight_VH.requires_grad_()
+    target = replace(build("full", "jsd", torch.zeros(0, dtype=torch.long)), weights_m=torch.zeros(0))
+    out = head_outputs(hidden[:0], Head(weight), targets[:0], [target])
+    out.divergences[0].sum().backward()
+    assert weight.grad is not None and weight.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.005)])
+def test_announced_weights_in_low_precision(dtype: torch.dtype, tolerance: float) -> None:
+    """Times 3: in bf16 one rounding of the hidden states' gradient more, 2^-9, and none of the head's."""
+    hidden, head, ids = student(dtype=dtype)
+    t_hidden, t_head = teacher(dtype)
+    weights = normal(TOKENS, seed=20, dtype=torch.float32)
+    assert head.bias_V is not None
+    found = []
+    for hint in (weights, None):
+        leaves = [x.clone().requires_grad_() for x in (hidden, head.weight_VH, head.bias_V)]
+        target = FullTarget("reverse_kl", t_hidden, t_head, weights_m=hint)
+        out = head_outputs(leaves[0], Head(leaves[1], leaves[2]), ids, [target], chunk_tokens=2)
+        with Products() as backward:
+            (3.0 * weights * out.divergences[0]).sum().backward()
+        assert (backward.count == 0) == (hint is not None)
+        found.append([x.grad for x in leaves])
+    assert [x.dtype for x in found[0]] == [dtype] * 3
+    for got, expected in zip(*found, strict=True):
+        assert (got.double() - expected.double()).norm() <= tolerance * expected.double().norm()
+
+
+def test_announced_gradients_of_the_head_are_summed_in_fp32() -> None:
+    """512 tokens of the same small pull, p - q = -1/4: in bf16 the sum would stop at 256 of its units."""
+    n = 512
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    one = torch.ones(n, 1, dtype=torch.bfloat16)
+    # float(log 3) is not a bf16 number: the teacher's head is the logit's closest, q = (0.7498, 0.2502).
+    other = Head(torch.tensor([[math.log(3)], [0.0]], dtype=torch.bfloat16))
+    q = torch.sigmoid(other.weight_VH[0, 0].float()).item()
+    target = FullTarget("forward_kl", one, other, weights_m=torch.ones(n))
+    out = head_outputs(one, Head(weight), torch.zeros(n, dtype=torch.long), [target], chunk_tokens=1)
+    out.divergences[0].sum().backward()
+    assert weight.grad is not None
+    assert weight.grad[:, 0].tolist() == pytest.approx([n * (0.5 - q), n * (q - 0.5)], rel=0.004)
+
+
+def test_what_was_made_ahead_is_given_away_and_a_second_backward_makes_it_again() -> None:
+    targets, weights, spread = cases("full", "jsd", None, None)
+    hidden, head, ids = student()
+    weight = head.weight_VH.requires_grad_()
+    (value,) = head_outputs(hidden, Head(weight), ids, told(targets, weights)).divergences
+    (first,) = torch.autograd.grad(value, weight, 2.0 * spread[0], retain_graph=True)
+    kept = first.clone()
+    with Products() as backward:
+        (second,) = torch.autograd.grad(value, weight, 4.0 * spread[0], retain_graph=True)
+    assert backward.count > 0
+    assert_same([second, first], [2.0 * kept, kept], 1e-12)
+    (third,) = torch.autograd.grad(value, weight, torch.ones(TOKENS).double())
+    (other,) = head_outputs(hidden, Head(weight), ids, targets).divergences
+    assert_same([third], list(torch.autograd.grad(other.sum(), weight)), 1e-12)
+
+
+@pytest.mark.parametrize("factor", [torch.tensor(2.0).double(), normal(TOKENS, seed=3)])
+def test_what_was_made_ahead_is_freed_by_the_backward_pass(factor: Tensor) -> None:
+    targets, weights, spread = cases("full", "jsd", None, None)
+    hidden, head, ids = student()
+    weight = head.weight_VH.requires_grad_()
+    (value,) = head_outputs(hidden, Head(weight), ids, told(targets, weights)).divergences
+    assert value.grad_fn is not None and value.grad_fn.ahead is not None
+    torch.autograd.grad(value, weight, factor * spread[0], retain_graph=True)
+    assert value.grad_fn.ahead is None
+
+
+def test_nothing_is_made_ahead_for_nobody() -> None:
+    """Without gradients, or when nothing asks for one: two products a chunk, the logits."""
+    targets, weights, _ = cases("full", "jsd", None, None)
+    hidden, head, ids = student()
+    with Products() as constant:
+        head_outputs(hidden, head, ids, told(targets, weights))
+    head.weight_VH.requires_grad_()
+    with torch.no_grad(), Products() as disabled:
+        head_outputs(hidden, head, ids, told(targets, weights))
+    with torch.inference_mode(), Products() as inference:
+        head_outputs(hidden, head, ids, told(targets, weights))
+    with Products() as enabled:
+        head_outputs(hidden, head, ids, told(targets, weights))
+    assert (constant.count, disabled.count, inference.count, enabled.count) == (2, 2, 2, 3)
+
+
+def test_weights_that_the_caller_changes_afterwards_are_not_believed() -> None:
+    targets, weights, _ = cases("full", "jsd", None, None)
+    hidden, head, ids = student()
+    weight = head.weight_VH.requires_grad_()
+    mine = weights[0].clone()
+    (value,) = head_outputs(hidden, Head(weight), ids, told(targets, [mine])).divergences
+    mine[3] = 7.0
+    (got,) = torch.autograd.grad(value, weight, mine)
+    (other,) = head_outputs(hidden, Head(weight), ids, targets).divergences
+    assert_same([got], list(torch.autograd.grad(other, weight, mine)), 1e-12)
+
+
 # --- what its gradient is good for ------------------------------------------------------------------------------------
 
 
@@ -430,8 +659,9 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("support", SUPPORTS)
-def test_no_tensor_is_tokens_times_vocabulary(support: str) -> None:
+def test_no_tensor_is_tokens_times_vocabulary(support: str, ahead: bool) -> None:
     n, vocab, chunk = 96, 50, 8
     hidden = normal(n, 4, seed=0).requires_grad_()
     head = Head(normal(vocab, 4, seed=1).requires_grad_())
@@ -450,8 +680,11 @@ def test_no_tensor_is_tokens_times_vocabulary(support: str) -> None:
             _, ids, logprobs, tail = support_scores(hidden, t_head, targets, top_k, given, chunk_tokens=chunk)
             assert ids is not None and logprobs is not None
             divergences = [SupportTarget("jsd", ids, logprobs, tail)]
+        if ahead:
+            divergences = [replace(d, weights_m=torch.ones(n if d.rows_m is None else len(rows))) for d in divergences]
         out = head_outputs(hidden, head, targets, divergences, chunk_tokens=chunk)
-        (out.logprobs_n.sum() + out.entropy_n.sum() + out.divergences[0].sum()).backward()
+        others = 0.0 if ahead else out.logprobs_n.sum() + out.entropy_n.sum()
+        (others + sum(x.sum() for x in out.divergences)).backward()
     assert chunk * vocab <= largest.elements < 2 * n * 6
     with LargestTensor() as control:
         hidden.detach() @ head.weight_VH.T
@@ -467,7 +700,7 @@ def test_what_is_kept_for_the_backward_pass_is_inputs_and_a_few_numbers_a_token(
     assert head.bias_V is not None
     inputs = {x.data_ptr() for x in (hidden, head.weight_VH, head.bias_V)}
     others = [x for x in kept if x.data_ptr() not in inputs]
-    assert [tuple(x.shape) for x in others] == [(TOKENS,)] * 3
+    assert [tuple(x.shape) for x in others] == [(TOKENS,)] * 2  # entropy, and the tail of the union
 
 
 # --- the teacher's side -----------------------------------------------------------------------------------------------
@@ -536,6 +769,7 @@ def test_mistakes_are_refused() -> None:
         (replace(full, head=shorter), "the teacher's head has 12 rows, the student's 13"),
         (replace(top, logprobs_mK=top.logprobs_mK[:, 1:]), "log-probabilities of shape"),
         (replace(top, tail_m=torch.zeros(2)), "a tail of shape"),
+        (replace(full, weights_m=torch.ones(6)), r"weights of shape \(6,\) for 7 positions"),
         (replace(top, ids_mK=top.ids_mK + VOCAB), "but the vocabulary has 13"),
         (replace(top, rows_m=torch.arange(1, TOKENS + 1)), "rows between 1 and 7, but 7 tokens"),
     ]:

@@ -26,6 +26,7 @@ CONFIG = "strategy_args.strategy_config"
 MODEL = "student_train.model_args"
 HF = {"strategy_name": "hf_infer"}
 SINGLE = PURE["teacher"]
+CRITIC = {"infer_batch_size": 8}
 
 
 def reward(**settings):
@@ -42,7 +43,6 @@ def reward(**settings):
          "hf_infer has no settings of its own and would ignore this one; remove it"),
         ({f"student_train.{CONFIG}": {"fsdp_size": 2}}, f"student_train.{CONFIG}.fsdp_size", "fsdp2_train has no"),
         ({"teacher.num_gpus_per_worker": 2}, "teacher.num_gpus_per_worker", "use 1"),
-        ({"value_clip": 0.2}, "value_clip", "use null"),
         ({"mask_type": "all"}, "mask_type", "use loss"),
         ({"validation": {"data_args": {"domain_interleave_probs": {"a": 1.0}}}},
          "validation.data_args.domain_interleave_probs", "remove it"),
@@ -104,6 +104,10 @@ def test_not_refused(changes):
         (MIXED, {"difficulty_mask": True, "error_max_len_clip": True, "error_max_len_threshold": 9}),
         (RL, {}),
         (RL, {"reference": {"infer_batch_size": 8}, "use_kl_loss": True, "kl_loss_coef": 0.1}),
+        (RL, {"critic": CRITIC, "adv_estimator": "gae", "value_clip": 0.2, "critic_warmup": 3}),
+        (MIXED, {"critic": CRITIC, "adv_estimator": "gae"}),
+        # Of a critic that is not started nothing is asked.
+        (RL, {"critic": {"model_args": {"lora_target": "all-linear"}}}),
         (RL, {"rewards": {"math": {**REWARD, "query_filter_config": {"type": "std_filter"}}}}),
     ],
 )
@@ -114,7 +118,10 @@ def test_what_trains_on_rewards_is_not_refused(base, changes):
 @pytest.mark.parametrize(
     ("changes", "fields"),
     [
-        ({"critic": {"infer_batch_size": 8}, "adv_estimator": "gae"}, ["critic"]),
+        ({"critic": {"strategy_args": {"strategy_name": "megatron_train"}}, "adv_estimator": "gae"},
+         ["critic.strategy_args.strategy_name"]),
+        ({"critic": {"model_args": {"lora_target": "all-linear"}}, "adv_estimator": "gae"},
+         ["critic.model_args.lora_target"]),
         ({"rewards": {"math": {**REWARD, "response_filter_config": {"type": "mean_filter"}}}},
          ["rewards.math.response_filter_config"]),
         ({"use_policy_loss_type": "PG"}, ["use_policy_loss_type"]),
@@ -123,6 +130,22 @@ def test_what_trains_on_rewards_is_not_refused(base, changes):
 )  # fmt: skip
 def test_what_rewards_cannot_do_yet_is_refused(changes, fields):
     assert [b.field for b in launch_blockers(build_config(changed(RL, changes), "rlvr"))] == fields
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"critic": CRITIC}, "critic: no effect, because adv_estimator reinforce asks for no values"),
+        ({"value_clip": 0.2, "critic_warmup": 3}, "critic_warmup, value_clip: no effect"),
+        ({"critic": CRITIC, "adv_estimator": "gae", "critic_warmup": 7}, "the student is never trained"),
+        ({"critic": CRITIC, "adv_estimator": "gae", "critic_warmup": 6, "value_clip": 0.2}, None),
+    ],
+)
+def test_a_critic_without_a_use_is_mentioned(changes, words):
+    loaded = build_config(changed(RL, {"max_steps": 7, **changes}), "rlvr")
+    warnings = launch_warnings(loaded)
+    assert len(warnings) == (words is not None)
+    assert not warnings or words in warnings[0]
 
 
 UNREAD = {

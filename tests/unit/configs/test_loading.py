@@ -18,6 +18,7 @@ from roll_opd.configs import (
     config_to_dict,
     config_to_json,
     config_without_secrets,
+    launch_blockers,
     load_config,
     plan_as_dict,
     render_plan_text,
@@ -141,11 +142,13 @@ def test_broken_files(tmp_path, text, field, words):
 
 
 def test_a_key_that_is_not_in_the_environment_is_mentioned_and_resolved_once_it_is(folder, monkeypatch):
-    """A plan needs no key of a service."""
+    """A plan needs no key of a service; a run does."""
     reward = "{worker_cls: m.Reward, judge_api_key: '${oc.env:ROLL_OPD_NOT_SET}'}"
     override = [f"rewards.judge={reward}"]
     (warning,) = load_config(OPD, str(folder), "pure", override, None).warnings
     assert warning.startswith("rewards.judge.judge_api_key: ") and "ROLL_OPD_NOT_SET is not set" in warning
+    blocked = launch_blockers(load_config(OPD, str(folder), "pure", override, None))
+    assert "rewards.judge.judge_api_key" in {error.field for error in blocked}
     monkeypatch.setenv("ROLL_OPD_NOT_SET", "hidden")
     loaded = load_config(OPD, str(folder), "pure", override, None)
     assert (loaded.warnings, loaded.config.rewards["judge"].judge_api_key) == ([], "hidden")

@@ -15,6 +15,7 @@ import pytest
 from roll_opd.configs import load_config
 from roll_opd.configs.loader import LoadedConfig
 from roll_opd.distributed.strategy.tokenizer import end_of_turn, load_tokenizer
+from roll_opd.doctor import guess_launcher
 from roll_opd.errors import ConfigError, DataError, ModelError, RollOPDError
 from roll_opd.pipeline import preflight, run_checks
 from roll_opd.pipeline.finding import Check, Finding, NotKnown, enforce, errors_of, failed
@@ -83,6 +84,17 @@ def test_no_model_skips_what_needs_it_and_goes_on(tmp_path: Path) -> None:
     skipped = [f.message for f in findings if f.level == "skipped"]
     assert any("data rows" in m and "the tokenizer of student_train cannot be used" in m for m in skipped), skipped
     assert any("end of turn" in m for m in skipped), skipped
+
+    both = ["student_train", "teacher"]
+    missing = [f"{role}.model_args.model_name_or_path=/no/such/model" for role in both]
+    found = errors_of(look(tmp_path, *missing, check=preflight.tokenizers))
+    assert [f.field.split(".")[0] for f in found] == both
+
+
+def test_which_launcher_a_config_is_for() -> None:
+    assert guess_launcher({"student_train": {}, "student_infer": {"world_size": 1}}) == "onpolicy_distill"
+    assert guess_launcher({"actor_train": {"world_size": 1}, "train_env_manager": {"max_env_num": 1}}) == "agentic"
+    assert guess_launcher({"actor_train": {"world_size": 1}, "train_env_manager": None}) == "rlvr"
 
 
 def test_other_vocabulary(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from roll_opd.configs.pipeline_config import (
 )
 from roll_opd.configs.worker_config import TeacherConfig
 from roll_opd.errors import TrainingError
-from roll_opd.pipeline.student import loss_of
 from roll_opd.pipeline.signal import Signal
+from roll_opd.pipeline.student import loss_of
 from roll_opd.trajectory import BASE_MODEL, REFERENCE, TeacherScores, Trajectory
 
 # d = student - teacher = 2, -1/2, 0 on the three sampled tokens of most trajectories here.
@@ -198,7 +198,8 @@ def test_the_trust_region_is_each_teachers_own(make) -> None:
 
 def test_the_entropy_gate_keeps_a_share_of_the_batchs_tokens(make) -> None:
     """Not of each sequence: the first has the two tokens of highest entropy and the second one of the next three."""
-    batch = [make(0, entropies=[5.0, 4.0, 0.1]), make(1, entropies=[0.2, 3.0, 0.3])]
+    scores = {"default": [-3.0, -1.5, -1.5]}  # d = 2, -1/2, 1
+    batch = [make(i, scores=scores, entropies=e) for i, e in enumerate([[5.0, 4.0, 0.1], [0.2, 3.0, 0.3]])]
     out, _ = Signal(pure(2.0, entropy_keep=0.5))(batch, 0)
     close(on_tokens(out), [[-4.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
 
@@ -259,6 +260,16 @@ def test_grpo_plus_the_teacher(make) -> None:
     out, metrics = signal(batch, 0)
     close(on_tokens(out), [[HALF - 4.0, HALF + 1.0, HALF], [-HALF, -HALF, -HALF - 2.0]])
     assert metrics["rl/reward_mean"] == 0.5 and metrics["rl/ungraded_fraction"] == 0.0
+
+
+def test_a_prompts_samples_are_compared_with_each_other(make) -> None:
+    """Wherever they stand in the batch: rewards 1 and 0 of one prompt, 3 and 1 of another (1 over sqrt(2))."""
+    batch = [make(0, 0, reward=1.0), make(1, 0, reward=3.0), make(0, 1, reward=0.0), make(1, 1, reward=1.0)]
+    one = 1.0 / (math.sqrt(2.0) + 1e-6)
+    out, _ = Signal(mixed(0.0, adv_estimator="grpo"))(batch, 0)
+    close(on_tokens(out), [[HALF] * 3, [one] * 3, [-HALF] * 3, [-one] * 3])
+    out, _ = Signal(mixed(0.0, adv_estimator="rloo"))(batch, 0)
+    close(on_tokens(out), [[1.0] * 3, [2.0] * 3, [-1.0] * 3, [-2.0] * 3])
 
 
 def test_the_teachers_term_joins_the_reward_of_its_token(make) -> None:
