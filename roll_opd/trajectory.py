@@ -26,9 +26,9 @@ BoolArray = NDArray[np.bool_]
 FinishReason = Literal["stop", "length"]
 
 REFERENCE = "reference"
-"""Key of the frozen policy's scores among a trajectory's scores; a run has it or teachers, never both."""
-BASE_MODEL = "base model"
-"""Key of the scores of the model that a teacher was made from; the space keeps it apart from teachers' names."""
+"""Key of the frozen policy's scores among a trajectory's scores; no teacher may be called so."""
+BASE_MODEL = "base_model"
+"""Key of the scores of the model that a teacher was made from; no teacher may be called so."""
 
 
 class TrajectoryId(NamedTuple):

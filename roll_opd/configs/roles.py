@@ -26,6 +26,7 @@ _INTERNAL = {
     "pipeline": "",
 }
 _KNOWN = {*field_types(RLVRConfig), *field_types(AgenticConfig), *STUDENT_ROLES, "teacher"}
+RESERVED_NAMES = ("reference", "base_model")
 _TEACHER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 
 
@@ -221,6 +222,8 @@ def is_single_teacher(teacher: Any) -> bool:
                 raise ConfigError(f"teacher.{name}", f"unknown key{typo}")
             fix = "each entry of teacher is a name with a config such as {model_args: ..., strategy_args: ...}"
             raise ConfigError(f"teacher.{name}", f"is not a worker config; {fix}")
+        if name in RESERVED_NAMES:
+            raise ConfigError(f"teacher.{name}", "is the name of another scorer of the run; choose another name")
         if not isinstance(name, str) or not _TEACHER_NAME.fullmatch(name):
             raise ConfigError(
                 f"teacher.{name}", "a teacher's name appears in metrics: use letters, digits, '_', '-' and '.'"

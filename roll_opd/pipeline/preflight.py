@@ -26,7 +26,6 @@ from roll_opd.configs.memory import count_parameters, find_model_config, memory_
 from roll_opd.configs.model_args import ModelArguments
 from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.configs.worker_config import WorkerConfig
-from roll_opd.datasets.domains import COLUMN
 from roll_opd.datasets.tags import route_tags
 from roll_opd.distributed.strategy.tokenizer import (
     Vocabulary,
@@ -531,15 +530,10 @@ def domain_shares(facts: Facts) -> Iterator[Finding]:
     shares = data.domain_interleave_probs if data is not None else None
     if not shares:
         return
-    source = facts.source
-    routes = route_tags((p.row.tag for p in source.train), {n: r.tag_included for n, r in facts.config.rewards.items()})
-    counts: Counter[str | None] = Counter()
-    for prompt in source.train:
-        own = prompt.row.extra.get(COLUMN)
-        counts[own if isinstance(own, str) and own in shares else routes.get(prompt.row.tag)] += 1
+    domains = facts.source.domains
     field, total = f"{facts.student}.data_args.domain_interleave_probs", sum(shares.values())
     for name, share in shares.items():
-        yield Finding("ok", field, f"domain {name!r}: share {share / total:.1%}, {counts[name]} prompts")
+        yield Finding("ok", field, f"domain {name!r}: share {share / total:.1%}, {len(domains.get(name, []))} prompts")
 
 
 MODEL_CHECKS: tuple[Check[Facts], ...] = (

@@ -35,12 +35,14 @@ class PromptSource:
         train: prompts to train on.
         validation: held-out prompts.
         contexts: teacher name -> prompt (by ``id``; they all live in this object) -> what this teacher sees instead.
+        domains: domain -> indices into ``train``, where domains are mixed by shares; else empty.
         position_of: draw number -> index into ``train``; a pure function, so a resumed run needs nothing else.
     """
 
     train: list[Prompt]
     validation: list[Prompt]
     contexts: Contexts
+    domains: dict[str, list[int]]
     position_of: Callable[[int], int]
 
     def prompt_of(self, draw: int) -> Prompt:
@@ -83,7 +85,8 @@ def read_prompts(loaded: LoadedConfig, tokenizer: PreTrainedTokenizerBase, note:
         name: by_place | contexts_of_validation.get(name, {})
         for name, by_place in _contexts(config, data, train, tokenizer).items()
     }
-    return PromptSource(train, validation, contexts, _order(config, data, train))
+    domains = _domains(config, data, train)
+    return PromptSource(train, validation, contexts, domains, _order(config, data, len(train), domains))
 
 
 def _encoded(
@@ -184,17 +187,24 @@ def _contexts(
     return contexts
 
 
-def _order(config: PipelineConfig, data: DataArguments, prompts: list[Prompt]) -> Callable[[int], int]:
-    """How draws walk through the prompts: all of them in one order, or each domain in its own by shares."""
+def _domains(config: PipelineConfig, data: DataArguments, prompts: list[Prompt]) -> dict[str, list[int]]:
     shares = data.domain_interleave_probs
     if not shares:
-        return PromptOrder(len(prompts), config.seed, data.shuffle).index
+        return {}
     # ROLL's domains are rewards; pure distillation needs none, and there a domain may be a teacher.
     covers = {name: teacher.tag_included for name, teacher in config.teachers.items() if name in shares}
     covers |= {name: reward.tag_included for name, reward in config.rewards.items()}
-    routes = route_tags((p.row.tag for p in prompts), covers)
-    domains = domains_of(prompts, routes, shares)
+    return domains_of(prompts, route_tags((p.row.tag for p in prompts), covers), shares)
+
+
+def _order(
+    config: PipelineConfig, data: DataArguments, count: int, domains: dict[str, list[int]]
+) -> Callable[[int], int]:
+    """How draws walk through the prompts: all of them in one order, or each domain in its own by shares."""
+    if not domains:
+        return PromptOrder(count, config.seed, data.shuffle).index
     sizes = {name: len(positions) for name, positions in domains.items()}
+    shares = data.domain_interleave_probs or {}
     order = DomainOrder(sizes, shares, config.seed, data.shuffle, config.rollout_batch_size)
 
     def position_of(draw: int) -> int:

@@ -146,6 +146,22 @@ def test_a_scorer_in_bf16(vocabulary, tiny_models, sequences) -> None:
         np.testing.assert_allclose(rebuilt.numpy(), result.logprobs[request.response_mask], atol=1e-5, rtol=0)
 
 
+def test_a_scorer_tells_of_its_heads_bias_and_bound(make_strategy, random_model, sequences) -> None:
+    """Trimmed like its rows: the padding's bias is nobody's business."""
+    strategy = make_strategy(random_model)
+    head = torch.nn.Linear(32, 320)
+    head.weight.data.copy_(strategy.model.lm.lm_head.weight)
+    strategy.model.lm.lm_head, strategy.model.soft_cap = head.requires_grad_(False), 2.0
+    rebuilt = head_of(strategy.head(), CPU)
+    assert torch.equal(rebuilt.bias_V, head.bias[:VOCAB]) and rebuilt.soft_cap == 2.0
+    for request, result in zip(sequences, strategy.score(sequences, WANTS["hidden"]), strict=True):
+        logits = torch.nn.functional.linear(tensor_of(result.details, CPU), rebuilt.weight_VH, rebuilt.bias_V)
+        logprobs = (2.0 * torch.tanh(logits / 2.0)).log_softmax(-1).numpy()
+        tokens = request.tokens[request.response_mask]
+        expected = result.logprobs[request.response_mask]
+        np.testing.assert_allclose(logprobs[np.arange(len(tokens)), tokens], expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("bias", "cap"), [(False, None), (True, None), (True, 30.0)])
 def test_the_head_survives_the_way(dtype, bias, cap) -> None:
