@@ -21,7 +21,7 @@ def accuracy(finished, tag: str) -> tuple[float, float]:
 
 
 def test_two_teachers_each_right_on_its_tag(run, tmp_path: Path) -> None:
-    finished = run(tmp_path / "run", example=TWO_TEACHERS)
+    finished = run(tmp_path / "run", example=TWO_TEACHERS, max_steps=20, eval_steps=20)
     for tag in ("ascending", "descending"):
         first, last = accuracy(finished, tag)
         assert last - first >= 0.3, (tag, first, last)
@@ -31,18 +31,18 @@ def test_two_teachers_each_right_on_its_tag(run, tmp_path: Path) -> None:
 
 
 def test_two_teachers_with_swapped_routing(run, tmp_path: Path) -> None:
-    """The same teachers, each asked about the other's tag, bring the student nowhere."""
+    """The same teachers, each asked about the other's tag, take away what the student could do."""
     settings = {"teacher.up.tag_included": ["descending"], "teacher.down.tag_included": ["ascending"]}
-    finished = run(tmp_path / "run", example=TWO_TEACHERS, eval_steps=40, **settings)
+    finished = run(tmp_path / "run", example=TWO_TEACHERS, max_steps=15, eval_steps=15, **settings)
     for tag in ("ascending", "descending"):
         first, last = accuracy(finished, tag)
-        assert last <= first + 0.05, (tag, first, last)
+        assert last <= first - 0.3, (tag, first, last)
 
 
 def test_a_self_teacher_that_sees_the_answer_teaches(run, tmp_path: Path) -> None:
-    finished = run(tmp_path / "run", example=TWO_TEACHERS, config_name="self_teacher")
+    finished = run(tmp_path / "run", example=TWO_TEACHERS, config_name="self_teacher", max_steps=20, eval_steps=20)
     first, last = finished.summary["accuracy_first"], finished.summary["accuracy_last"]
-    assert last - first >= 0.2, finished.summary
+    assert last - first >= 0.3, finished.summary
 
 
 @pytest.mark.parametrize("kind", ["ema", "live"])
