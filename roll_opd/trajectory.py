@@ -123,6 +123,7 @@ class Trajectory:
         teacher_scores: scorer name -> scores (teachers, and the reference of a run without teachers).
         advantages: ``[T]`` float32; 0 where ``response_mask`` is false.
         returns: ``[T]`` float32, what the critic learns to predict.
+        trained: false for a trajectory that a mask takes out of every part of the loss; it counts in the normaliser.
         policy_weights: ``[T]`` float32 weight of each token's policy loss; None: 1 on every sampled token.
         divergence_weights: teacher name -> ``[T]`` float32 weight of each token's divergence, coefficient included.
         reward: external reward, if one was graded.
@@ -146,6 +147,7 @@ class Trajectory:
     teacher_scores: Mapping[str, TeacherScores] = field(default_factory=dict)
     advantages: FloatArray | None = None
     returns: FloatArray | None = None
+    trained: bool = True
     policy_weights: FloatArray | None = None
     divergence_weights: Mapping[str, FloatArray] = field(default_factory=dict)
     reward: float | None = None

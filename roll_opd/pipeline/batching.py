@@ -46,7 +46,7 @@ def micro_batches(
     every rank, the loss must not notice.
     """
     weights = sequence_weights(loss_agg_mode, [t.response_length for t in mini_batch], max_length)
-    items = [TrainItem(t, w) for t, w in zip(mini_batch, weights, strict=True)]
+    items = [TrainItem(t, w if t.trained else 0.0) for t, w in zip(mini_batch, weights, strict=True)]
     ranks = [list(_cut(share, config)) for share in rank_shares(items, num_ranks)]
     most = max(len(batches) for batches in ranks)
     shortest = min(mini_batch, key=len)

@@ -105,7 +105,7 @@ class Signal:
             advantages, None if to_reward else teacher_terms, self.config.advantage_clip
         )
         metrics |= {f"opd/{name}": value for name, value in clipped.items()}
-        policy_weights = self._policy_weights(trajectories, keep, metrics)
+        policy_weights = self._policy_weights(trajectories, metrics)
         out = []
         for i, t in enumerate(trajectories):
             out.append(
@@ -113,10 +113,9 @@ class Signal:
                     t,
                     advantages=t.spread(advantages[i].numpy()),
                     returns=None if returns is None else t.spread(returns[i].numpy()),
+                    trained=keep[i],
                     policy_weights=t.spread(policy_weights[i].numpy()),
-                    divergence_weights={
-                        name: t.spread(weight.numpy() * keep[i]) for name, weight in divergence_weights[i].items()
-                    },
+                    divergence_weights={n: t.spread(weight.numpy()) for n, weight in divergence_weights[i].items()},
                 )
             )
         return out, metrics
@@ -232,7 +231,7 @@ class Signal:
     # ---- weights of the policy loss ------------------------------------------------------------------------------
 
     def _kept(self, trajectories: Sequence[Trajectory], metrics: dict[str, float]) -> list[bool]:
-        """False for trajectories that a mask leaves out of the loss: of both terms, the teachers' included."""
+        """False for trajectories that a mask takes out of the whole loss, the teachers' part included."""
         config = self.config
         kept = [True] * len(trajectories)
         if not isinstance(config, RLVRConfig):
@@ -253,11 +252,9 @@ class Signal:
             metrics["rl/masked_trajectories"] = kept.count(False) / len(kept)
         return kept
 
-    def _policy_weights(
-        self, trajectories: Sequence[Trajectory], keep: list[bool], metrics: dict[str, float]
-    ) -> list[Tensor]:
-        """Masks and the correction of the train/infer mismatch, ``[n]`` each."""
-        weights = [torch.full((t.response_length,), float(k)) for t, k in zip(trajectories, keep, strict=True)]
+    def _policy_weights(self, trajectories: Sequence[Trajectory], metrics: dict[str, float]) -> list[Tensor]:
+        """The correction of the train/infer mismatch, ``[n]`` each; 1 without one."""
+        weights = [torch.ones(t.response_length) for t in trajectories]
         correction = self.config.train_infer_correction
         filters = [f for f in correction.filters if f.enabled]
         if not (correction.is_weight.enabled or filters):

@@ -323,7 +323,12 @@ class TrajectoryStream:
             if len(block.finished) == block.size:
                 block.finished.sort(key=lambda pair: pair[0].id)
                 members = self._decoded(block.finished)
-                scoring.append(group.create_task(self._score_block([t for t, _ in members])))
+                scores = self._score_block([t for t, _ in members])
+                try:
+                    scoring.append(group.create_task(scores))
+                except RuntimeError:  # the group has failed already and takes no more work
+                    scores.close()
+                    raise
                 grading.append(asyncio.ensure_future(self._grade_block(members)))
 
         shares = [requests[i * num_samples : (i + 1) * num_samples] for i in range(len(draws))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -85,3 +86,11 @@ def test_micro_batches_by_hand(fakes) -> None:
     first, second = micro_batches(batch, config(1), 2, "token-mean", 10)
     assert [[i.trajectory.id.draw for i in row] for row in first] == [[0], [2]]
     assert [[i.trajectory.id.draw for i in row] for row in second] == [[1], [3]]
+
+
+def test_a_masked_trajectory_counts_in_the_normaliser_and_weighs_nothing(mini_batch) -> None:
+    """Otherwise the weight of the others would depend on how many were masked."""
+    masked = [dataclasses.replace(t, trained=i != 1) for i, t in enumerate(mini_batch)]
+    (rank,) = micro_batches(masked, config(1), 1, "token-mean", 10)
+    total = sum(t.response_length for t in mini_batch)
+    assert [item.token_weight * total for row in rank for item in row] == pytest.approx([1, 0, 1, 1, 1, 1, 1])
