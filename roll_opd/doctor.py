@@ -26,7 +26,7 @@ from roll_opd.launcher import add_config_arguments
 from roll_opd.utils.logging import configure_logging
 
 if TYPE_CHECKING:
-    from roll_opd.pipeline.finding import Finding
+    from roll_opd.pipeline.preflight.finding import Finding
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 """Config paths may be relative to the launchers' folder."""
@@ -61,7 +61,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def examine(args: argparse.Namespace) -> list[Finding]:
     """Everything that can be found out about a config, in the order in which a launch would."""
-    from roll_opd.pipeline.finding import Finding, failed
+    from roll_opd.pipeline.preflight.finding import Finding, failed
 
     launcher_dir = EXAMPLES if EXAMPLES.is_dir() else None
     try:
@@ -89,7 +89,7 @@ def guess_launcher(values: Mapping[str, Any]) -> str:
 
 def _warning(text: str) -> Finding:
     """A line of the config's checks, with the field that most of them begin with."""
-    from roll_opd.pipeline.finding import Finding, failed
+    from roll_opd.pipeline.preflight.finding import Finding, failed
 
     found = failed(RollOPDError(text))
     return Finding("warning", found.field, found.message)

@@ -10,11 +10,12 @@ from typing import Any
 from roll_opd.configs.resolve import parallel_size
 from roll_opd.configs.worker_config import WorkerConfig
 
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# Per parameter in training: fp32 master weight and two Adam moments, beside weight and gradient in the model's dtype.
-_OPTIMIZER_BYTES = 12
-# FSDP2 holds weights, gradients and both moments in fp32 whatever the dtype it computes in.
-_FSDP2_BYTES = 16
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of one parameter by the model's dtype: all that a scorer or a generator holds of it."""
+OPTIMIZER_BYTES = 12
+"""Bytes per parameter in training: fp32 master weight and two Adam moments, beside weight and gradient in the dtype."""
+FSDP2_BYTES = 16
+"""Bytes per parameter in training: FSDP2 holds weight, gradient and both moments in fp32 whatever it computes in."""
 
 
 def find_model_config(name_or_path: str | None) -> dict[str, Any] | None:
@@ -64,17 +65,17 @@ def memory_per_device(worker: WorkerConfig, path: str) -> str:
     strategy = worker.strategy_args
     if parameters is None or strategy is None:
         return "unknown"
-    per_weight = _BYTES[worker.model_args.dtype]
+    per_weight = WEIGHT_BYTES[worker.model_args.dtype]
     name, processes = strategy.strategy_name, worker.world_size or 1
     if name == "remote":
         return "none here"
     if name == "fsdp2_train":
-        total, shards = parameters * _FSDP2_BYTES, processes
+        total, shards = parameters * FSDP2_BYTES, processes
     elif name == "megatron_train":
         shards = _model_shards(worker, path)
         replicas = max(1, processes // shards)
         # The distributed optimizer spreads its state, not weights and gradients, over the data-parallel ranks.
-        state = _OPTIMIZER_BYTES / (replicas if strategy.strategy_config.get("use_distributed_optimizer") else 1)
+        state = OPTIMIZER_BYTES / (replicas if strategy.strategy_config.get("use_distributed_optimizer") else 1)
         total = int(parameters * (2 * per_weight + state))
     else:
         total, shards = parameters * per_weight, processes if name == "fsdp2_infer" else _model_shards(worker, path)

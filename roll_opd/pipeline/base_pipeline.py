@@ -19,10 +19,10 @@ from roll_opd.distributed.checkpoint import CONFIG_FILE, CheckpointFolder, read_
 from roll_opd.distributed.weight_sync import WeightSync
 from roll_opd.errors import ConfigError
 from roll_opd.pipeline.critic import Critic
-from roll_opd.pipeline.finding import Finding, enforce
 from roll_opd.pipeline.metrics import opd_metrics, rollout_metrics
-from roll_opd.pipeline.preflight import model_field
-from roll_opd.pipeline.probe import Scorer, judge, noise_floor
+from roll_opd.pipeline.preflight.facts import model_field
+from roll_opd.pipeline.preflight.finding import Finding, enforce
+from roll_opd.pipeline.preflight.probe import Scorer, judge, noise_floor
 from roll_opd.pipeline.report import RunReport
 from roll_opd.pipeline.role_clusters import RoleClusters
 from roll_opd.pipeline.signal import Signal

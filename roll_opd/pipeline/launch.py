@@ -13,10 +13,12 @@ from roll_opd.configs.loader import LoadedConfig
 from roll_opd.distributed.runtime import ray_session, stop_on_signals
 from roll_opd.errors import RollOPDError
 from roll_opd.pipeline.base_pipeline import BasePipeline
-from roll_opd.pipeline.finding import Finding, errors_of, failed, run_checks
-from roll_opd.pipeline.preflight import MODEL_CHECKS, SETTING_CHECKS, Facts, wanted
+from roll_opd.pipeline.preflight.facts import Facts
+from roll_opd.pipeline.preflight.finding import Finding, errors_of, failed, run_checks, wanted
+from roll_opd.pipeline.preflight.model_checks import MODEL_CHECKS
+from roll_opd.pipeline.preflight.run_checks import RUN_CHECKS
+from roll_opd.pipeline.preflight.setting_checks import SETTING_CHECKS
 from roll_opd.pipeline.rlvr.rlvr_pipeline import RLVRPipeline
-from roll_opd.pipeline.run_checks import RUN_CHECKS
 from roll_opd.utils.logging import configure_logging
 
 PIPELINES: dict[str, type[BasePipeline]] = {"rlvr": RLVRPipeline}

@@ -88,7 +88,7 @@ class RunReport:
             yield
         finally:
             self.add_seconds(name, time.perf_counter() - began)
-        if name == "start":
+        if name in ("start", "preflight"):
             self._console.steps_begin()
 
     def add_seconds(self, name: str, seconds: float) -> None:

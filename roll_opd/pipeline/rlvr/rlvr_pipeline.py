@@ -11,10 +11,13 @@ from roll_opd.configs.pipeline_config import RLVRConfig
 from roll_opd.datasets.prompts import Prompt
 from roll_opd.distributed.strategy.base import Sampling
 from roll_opd.pipeline.base_pipeline import BasePipeline
-from roll_opd.pipeline.finding import errors_of, run_checks
 from roll_opd.pipeline.metrics import reverse_kl, reward_metrics
-from roll_opd.pipeline.preflight import DATA_CHECKS, MODEL_CHECKS, SETTING_CHECKS, Facts, wanted
-from roll_opd.pipeline.probe import LOOK_AHEAD, MAX_NEW_TOKENS, STREAM, pick_prompts
+from roll_opd.pipeline.preflight.data_checks import DATA_CHECKS
+from roll_opd.pipeline.preflight.facts import Facts
+from roll_opd.pipeline.preflight.finding import errors_of, run_checks, wanted
+from roll_opd.pipeline.preflight.model_checks import MODEL_CHECKS
+from roll_opd.pipeline.preflight.probe import LOOK_AHEAD, MAX_NEW_TOKENS, STREAM, pick_prompts
+from roll_opd.pipeline.preflight.setting_checks import SETTING_CHECKS
 from roll_opd.pipeline.reward_pool import RewardPool
 from roll_opd.pipeline.rlvr.prompt_source import PromptSource
 from roll_opd.pipeline.role_clusters import RoleClusters, want_of

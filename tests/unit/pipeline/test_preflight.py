@@ -17,12 +17,15 @@ from roll_opd.configs.loader import LoadedConfig
 from roll_opd.distributed.strategy.tokenizer import end_of_turn, load_tokenizer
 from roll_opd.doctor import guess_launcher
 from roll_opd.errors import ConfigError, DataError, ModelError, RollOPDError
-from roll_opd.pipeline import preflight, run_checks
-from roll_opd.pipeline.finding import Check, Finding, NotKnown, enforce, errors_of, failed
-from roll_opd.pipeline.finding import run_checks as run_all
-from roll_opd.pipeline.model_identity import same_model
-from roll_opd.pipeline.preflight import DATA_CHECKS, MODEL_CHECKS, SETTING_CHECKS, Facts, wanted
-from roll_opd.pipeline.probe import Scorer, judge, noise_floor, pick_prompts
+from roll_opd.pipeline.preflight import data_checks, model_checks, run_checks, setting_checks
+from roll_opd.pipeline.preflight.data_checks import DATA_CHECKS
+from roll_opd.pipeline.preflight.facts import Facts
+from roll_opd.pipeline.preflight.finding import Check, Finding, NotKnown, enforce, errors_of, failed, wanted
+from roll_opd.pipeline.preflight.finding import run_checks as run_all
+from roll_opd.pipeline.preflight.model_checks import MODEL_CHECKS
+from roll_opd.pipeline.preflight.model_identity import same_model
+from roll_opd.pipeline.preflight.probe import Scorer, judge, noise_floor, pick_prompts
+from roll_opd.pipeline.preflight.setting_checks import SETTING_CHECKS
 from roll_opd.trajectory import BASE_MODEL
 
 QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart"
@@ -87,7 +90,7 @@ def test_no_model_skips_what_needs_it_and_goes_on(tmp_path: Path) -> None:
 
     both = ["student_train", "teacher"]
     missing = [f"{role}.model_args.model_name_or_path=/no/such/model" for role in both]
-    found = errors_of(look(tmp_path, *missing, check=preflight.tokenizers))
+    found = errors_of(look(tmp_path, *missing, check=model_checks.tokenizers))
     assert [f.field.split(".")[0] for f in found] == both
 
 
@@ -134,7 +137,7 @@ def test_other_special_ids_and_template(tmp_path: Path) -> None:
 def test_padded_vocabulary(tmp_path: Path, rows: int, level: str, told: str) -> None:
     loaded = load(tmp_path)
     edit_json(tmp_path / "models" / "teacher" / "config.json", vocab_size=rows)
-    findings = run_all([Check("models", preflight.vocabulary_rows)], Facts(loaded))
+    findings = run_all([Check("models", model_checks.vocabulary_rows)], Facts(loaded))
     mine = next(f for f in findings if f.field.startswith("teacher."))
     assert mine.level == level and told in mine.message, mine
 
@@ -142,13 +145,13 @@ def test_padded_vocabulary(tmp_path: Path, rows: int, level: str, told: str) -> 
 def test_unknown_sizes_are_said_to_be_unknown(tmp_path: Path) -> None:
     loaded = load(tmp_path)
     (tmp_path / "models" / "teacher" / "config.json").unlink()
-    findings = run_all([c for c in MODEL_CHECKS if c.find is not preflight.tokenizers], Facts(loaded))
+    findings = run_all([c for c in MODEL_CHECKS if c.find is not model_checks.tokenizers], Facts(loaded))
     skipped = [f.message for f in findings if f.level == "skipped" and f.field.startswith("teacher.")]
     assert len(skipped) == 2 and "embedding rows" in skipped[0] and "context length" in skipped[1]
 
 
 def test_end_of_turn(tmp_path: Path) -> None:
-    look_at = preflight.end_of_turn_reachable
+    look_at = model_checks.end_of_turn_reachable
     loaded = load(tmp_path)
     student = tmp_path / "models" / "student"
     assert "'<|im_end|>' (id 2)" in only(look(tmp_path, check=look_at), "ok").message
@@ -191,7 +194,7 @@ def test_end_of_turn_of_a_template_that_refuses(tmp_path: Path) -> None:
 
 
 def test_context_lengths(tmp_path: Path) -> None:
-    look_at = preflight.context_lengths
+    look_at = model_checks.context_lengths
     error = only(look(tmp_path, "prompt_length=2040", "teacher.world_size=1", check=look_at)[:1], "error")
     assert error.field == "response_length" and "2056 tokens, but student_train reaches 2048" in error.message
     template = "teacher.teacher_args.context_template='{{ prompt }} {{ ground_truth }}'"
@@ -202,7 +205,7 @@ def test_context_lengths(tmp_path: Path) -> None:
 
 
 def test_teacher_equal_to_student(tmp_path: Path) -> None:
-    look_at = preflight.teachers_differ
+    look_at = model_checks.teachers_differ
     copied = tmp_path / "copied"
     shutil.copytree(QUICKSTART / "models" / "student", copied)
     linked = tmp_path / "linked"
@@ -219,7 +222,7 @@ def test_teacher_equal_to_student(tmp_path: Path) -> None:
     assert "base_model" in only(look(tmp_path, same, *beyond, check=look_at), "ok").message
     # The control run of the tests and of the user.
     off = wanted(load(tmp_path, same, "preflight=off").config, CHECKS)
-    assert look_at not in [c.find for c in off] and preflight.tokenizers in [c.find for c in off]
+    assert look_at not in [c.find for c in off] and model_checks.tokenizers in [c.find for c in off]
 
     # Beside a teacher of another kind it is a weak one, not a mistake.
     teachers = {
@@ -242,8 +245,8 @@ def test_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (b / "model.safetensors").write_bytes(changed)
     assert not same_model(str(a), str(b))
     # Large files: pieces only. A change in one byte of a piece is seen.
-    monkeypatch.setattr("roll_opd.pipeline.model_identity.WHOLE", 0)
-    monkeypatch.setattr("roll_opd.pipeline.model_identity.SAMPLE_BYTES", 1 << 10)
+    monkeypatch.setattr("roll_opd.pipeline.preflight.model_identity.WHOLE", 0)
+    monkeypatch.setattr("roll_opd.pipeline.preflight.model_identity.SAMPLE_BYTES", 1 << 10)
     assert same_model(str(a), str(b))  # the last piece begins at 63/64 and is 1 KiB of 16 KiB
     changed[(1 << 20) * 63 // 64 + 100] = 1
     (b / "model.safetensors").write_bytes(changed)
@@ -255,10 +258,10 @@ def test_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_student_roles_differ(tmp_path: Path) -> None:
     load(tmp_path)
     other = f"student_infer.model_args.model_name_or_path={tmp_path / 'models' / 'teacher'}"
-    error = only(look(tmp_path, other, check=preflight.student_roles), "error")
+    error = only(look(tmp_path, other, check=model_checks.student_roles), "error")
     assert error.field == "student_infer.model_args.model_name_or_path" and "hidden_size" in error.message
     unknown = "student_infer.model_args.model_name_or_path=some/where"
-    assert only(look(tmp_path, unknown, check=preflight.student_roles), "skipped").message.startswith("architecture")
+    assert only(look(tmp_path, unknown, check=model_checks.student_roles), "skipped").message.startswith("architecture")
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -266,18 +269,18 @@ def test_student_roles_differ(tmp_path: Path) -> None:
 
 def test_reward_classes_and_top_k(tmp_path: Path) -> None:
     wrong = "rewards.math_rule.worker_cls=roll_opd.rewards.math_rule_reward_worker.MathRuleReward"
-    error = only(look(tmp_path, wrong, check=preflight.reward_classes), "error")
+    error = only(look(tmp_path, wrong, check=setting_checks.reward_classes), "error")
     assert error.field == "rewards.math_rule.worker_cls" and "did you mean" in error.message
     top_k = ["opd_args.objective=direct", "opd_args.support=teacher_topk"]
-    error = only(look(tmp_path, *top_k, "opd_args.top_k=306", check=preflight.top_k_fits), "error")
+    error = only(look(tmp_path, *top_k, "opd_args.top_k=306", check=setting_checks.top_k_fits), "error")
     assert error.field == "opd_args.top_k" and "305 tokens" in error.message
-    assert only(look(tmp_path, *top_k, "opd_args.top_k=305", check=preflight.top_k_fits), "ok")
+    assert only(look(tmp_path, *top_k, "opd_args.top_k=305", check=setting_checks.top_k_fits), "ok")
 
 
 def test_batch_arithmetic(tmp_path: Path) -> None:
     settings = ["rollout_batch_size=10", "num_return_sequences_in_group=3", "student_infer.world_size=4"]
     settings += ["student_train.training_args.per_device_train_batch_size=4", "student_train.world_size=2"]
-    findings = look(tmp_path, *settings, "student_infer.infer_batch_size=4", check=preflight.batch_arithmetic)
+    findings = look(tmp_path, *settings, "student_infer.infer_batch_size=4", check=setting_checks.batch_arithmetic)
     told = [f.message for f in findings]
     assert "10 prompts x 3 samples = 30 trajectories" in told[0]
     assert "4 x 1 x 2 rank(s) = 8 trajectories: 3 of them a step and one of 6" in told[1]
@@ -285,7 +288,7 @@ def test_batch_arithmetic(tmp_path: Path) -> None:
     assert "4 engine(s), 9 trajectories each at most: 3 batch(es) of 4" in told[2]
     idle = ["rollout_batch_size=1", "num_return_sequences_in_group=2", "student_infer.world_size=3"]
     idle += ["student_train.world_size=4", "student_train.training_args.per_device_train_batch_size=1"]
-    warnings = [f for f in look(tmp_path, *idle, check=preflight.batch_arithmetic) if f.level == "warning"]
+    warnings = [f for f in look(tmp_path, *idle, check=setting_checks.batch_arithmetic) if f.level == "warning"]
     assert [f.field for f in warnings] == ["student_train.world_size", "student_infer.world_size"]
     assert "so 2 compute nothing" in warnings[0].message and ": 2 idle" in warnings[1].message
 
@@ -293,10 +296,10 @@ def test_batch_arithmetic(tmp_path: Path) -> None:
 def test_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     mapped = ["student_train.device_mapping=[0,1]", "teacher.device_mapping=[2]"]
-    findings = look(tmp_path, *mapped, check=preflight.devices)
+    findings = look(tmp_path, *mapped, check=setting_checks.devices)
     assert only(findings, "ok").field == "student_train.device_mapping"
     assert "asks for device 2, but this machine has 2 GPU(s)" in only(findings, "error").message
-    cluster = look(tmp_path, *mapped, "ray_args.address=auto", check=preflight.devices)
+    cluster = look(tmp_path, *mapped, "ray_args.address=auto", check=setting_checks.devices)
     assert "asked at launch" in only(cluster, "skipped").message
 
 
@@ -305,23 +308,23 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = 320 * 96 + 2 * (2 * 96 * 24 * 6 + 3 * 96 * 256 + 2 * 96) + 96
     trained, sampled = 16 * parameters, 4 * parameters
     sizes = {"cpu": trained + sampled}
-    monkeypatch.setattr(preflight, "_memory_of", lambda place, address: sizes.get(place))
+    monkeypatch.setattr(setting_checks, "_memory_of", lambda place, address: sizes.get(place))
     teacher = ["teacher.device_mapping=[0]", "num_gpus_per_node=1"]  # out of the way: nothing is known of device 0
-    assert {f.level for f in look(tmp_path, *teacher, check=preflight.memory)} == {"ok"}
+    assert {f.level for f in look(tmp_path, *teacher, check=setting_checks.memory)} == {"ok"}
     sizes["cpu"] -= 1
-    warning = only(look(tmp_path, *teacher, check=preflight.memory), "warning")
+    warning = only(look(tmp_path, *teacher, check=setting_checks.memory), "warning")
     assert warning.field == "student_train" and "student_train, student_infer hold" in warning.message
     sizes["cpu"] = trained - 1
-    assert only(look(tmp_path, *teacher, check=preflight.memory), "error").field == "student_train"
+    assert only(look(tmp_path, *teacher, check=setting_checks.memory), "error").field == "student_train"
     # Two ranks hold half each, on one machine the whole.
-    assert errors_of(look(tmp_path, *teacher, "student_train.world_size=2", check=preflight.memory))
+    assert errors_of(look(tmp_path, *teacher, "student_train.world_size=2", check=setting_checks.memory))
 
 
 def test_memory_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (preflight._memory_of("cpu", None) or 0) > 2**28
-    assert preflight._memory_of("cpu", "auto") is None
+    assert (setting_checks._memory_of("cpu", None) or 0) > 2**28
+    assert setting_checks._memory_of("cpu", "auto") is None
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert preflight._memory_of("0", None) is None
+    assert setting_checks._memory_of("0", None) is None
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -335,14 +338,14 @@ def test_data_that_cannot_be_read(tmp_path: Path) -> None:
     assert error.field == "student_train.data_args.file_name"
     assert sum("the data cannot be used" in f.message for f in findings if f.level == "skipped") == 1
     skip = look(tmp_path, f"student_train.data_args.file_name={tmp_path / 'rows.jsonl'}", "rollout_batch_size=1",
-                "student_train.data_args.on_bad_row=skip", check=preflight.data_rows)  # fmt: skip
+                "student_train.data_args.on_bad_row=skip", check=data_checks.data_rows)  # fmt: skip
     assert errors_of(skip) == [] and any(f.message.startswith("1 bad rows are skipped") for f in skip)
 
 
 def test_overlong_prompts(tmp_path: Path) -> None:
     rows = [{"prompt": "short"}] * 3 + [{"prompt": "long " * 40}]
     settings = [write_rows(tmp_path, *rows), "rollout_batch_size=3"]
-    look_at = preflight.data_rows
+    look_at = data_checks.data_rows
     warning = only(look(tmp_path, *settings, "prompt_length=64", check=look_at), "warning")
     assert warning.field == "prompt_length" and warning.message.startswith("25% of the train rows")
     rows += [{"prompt": "short"}]  # one of five is not above 20 %
@@ -357,7 +360,7 @@ def test_overlong_prompts(tmp_path: Path) -> None:
 def test_coverage(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i}", "tag": tag} for i, tag in enumerate(["a", "a", "a", "b", "b", "c"])]
     settings = [write_rows(tmp_path, *rows), "rollout_batch_size=1", "eval_steps=0"]
-    look_at = preflight.tag_coverage
+    look_at = data_checks.tag_coverage
     findings = look(tmp_path, *settings, "rewards.math_rule.tag_included=[a]", check=look_at)
     assert only(findings, "ok").message == "tag 'a': 3 prompts, teacher default, reward math_rule"
     assert [f.message.split(",")[0] for f in findings if f.level == "warning"] == [
@@ -371,7 +374,7 @@ def test_coverage(tmp_path: Path) -> None:
     assert "'d' is no tag of the data" in only(extra, "warning").message
 
     part = ["~rewards", "teacher.tag_included=[a,b]"]
-    error = only(look(tmp_path, *settings, *part, check=preflight.data_rows), "error")
+    error = only(look(tmp_path, *settings, *part, check=data_checks.data_rows), "error")
     assert error.field == "student_train.data_args" and "no teacher covers the tag 'c'" in error.message
     kept = look(tmp_path, *settings, *part, "opd_args.uncovered=skip", check=look_at)
     assert [f.message for f in kept] == ["tag 'a': 3 prompts, teacher default", "tag 'b': 2 prompts, teacher default"]
@@ -385,7 +388,7 @@ def test_a_teacher_without_any_prompt(tmp_path: Path) -> None:
         "two": {"model_args": args, "tag_included": ["x"]},
     }
     text = f"+teacher={json.dumps(teachers).replace(chr(34), '')}"
-    warning = only(look(tmp_path, "~teacher", text, check=preflight.tag_coverage), "warning")
+    warning = only(look(tmp_path, "~teacher", text, check=data_checks.tag_coverage), "warning")
     assert warning.field == "teacher.two.tag_included" and "scores nothing" in warning.message
 
 
@@ -393,13 +396,13 @@ def test_domains(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i}", "tag": "sort_digits"} for i in range(3)] + [{"prompt": "x", "domain": "other"}]
     shares = "student_train.data_args.domain_interleave_probs={math_rule:3,other:1}"
     settings = [write_rows(tmp_path, *rows), shares, "rollout_batch_size=2", "eval_steps=0"]
-    findings = look(tmp_path, *settings, check=preflight.domain_shares)
+    findings = look(tmp_path, *settings, check=data_checks.domain_shares)
     assert [f.message for f in findings] == [
         "domain 'math_rule': share 75.0%, 3 prompts",
         "domain 'other': share 25.0%, 1 prompts",
     ]
     missing = shares.replace("other", "none")
-    error = only(look(tmp_path, *settings, missing, check=preflight.data_rows), "error")
+    error = only(look(tmp_path, *settings, missing, check=data_checks.data_rows), "error")
     assert "domain 'none' has the share" in error.message
 
 

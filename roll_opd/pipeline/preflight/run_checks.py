@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from roll_opd.distributed.checkpoint import CheckpointFolder
-from roll_opd.pipeline.finding import Check, Finding
-from roll_opd.pipeline.preflight import Facts
+from roll_opd.pipeline.preflight.facts import Facts
+from roll_opd.pipeline.preflight.finding import Check, Finding
 
 PACKAGES = ("tensorboard", "wandb", "swanlab", "trackio")
 """Trackers that are packages of their own."""

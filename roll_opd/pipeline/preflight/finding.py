@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, Literal, TypeVar
 
+from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.errors import ConfigError, RollOPDError
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,11 @@ def run_checks(checks: Iterable[Check[F]], facts: F) -> list[Finding]:
         except RollOPDError as error:
             found.append(replace(failed(error), area=check.area))
     return found
+
+
+def wanted(config: PipelineConfig, checks: Sequence[Check[F]]) -> list[Check[F]]:
+    """Those of ``checks`` that the setting ``preflight`` asks for."""
+    return [check for check in checks if check.always or config.preflight != "off"]
 
 
 def failed(error: RollOPDError, field: str = "") -> Finding:

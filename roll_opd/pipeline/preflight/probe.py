@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from roll_opd.datasets.prompts import Prompt
-from roll_opd.pipeline.finding import Finding
+from roll_opd.pipeline.preflight.finding import Finding
 from roll_opd.trajectory import BASE_MODEL, REFERENCE, Trajectory
 
 STREAM = "probe"
