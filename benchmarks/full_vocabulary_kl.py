@@ -1,7 +1,8 @@
 """Reverse KL over the whole vocabulary, forward and backward: the chunked head against the naive computation.
 
 Each variant runs in a fresh process on the same inputs and reports its time, its peak of resident memory beyond what
-both need (inputs, and the gradients of hidden states and head), its loss and its gradients. One run measures all, the fastest of ``--repeats`` counts:
+both need (inputs, and the gradients of hidden states and head), its loss and its gradients. One run measures all, and
+the fastest of ``--repeats`` counts:
 
 - ``ahead``: the product, :func:`roll_opd.algorithms.chunked_head.head_outputs`, told what each token weighs in the
   loss: gradients are made in the forward pass

@@ -167,10 +167,13 @@ def _check_self_teachers(config: PipelineConfig, names: Mapping[str, str]) -> No
 def with_alias_resolved(config: P, raw: Mapping[str, Any]) -> P:
     """Write ROLL's ``kl_penalty``, where it stands for the objective, into ``opd_args``."""
     if not config.teachers:
-        return config
+        # Only where the old policy's log-probabilities come from has a meaning without a teacher.
+        source = config.opd_args.student_logprob_source
+        return replace(config, opd_args=OPDArguments(student_logprob_source=source))
     estimator = effective_estimator(config, raw.get("kl_penalty") is not None)
     args = replace(config.opd_args, divergence=estimator.divergence, support=estimator.support)
-    return replace(config, opd_args=args)
+    # Said once: two names of one thing must not look like two different runs to a resume.
+    return replace(config, opd_args=args, kl_penalty="kl")
 
 
 def _check_logprob_source(config: PipelineConfig, names: Mapping[str, str]) -> None:

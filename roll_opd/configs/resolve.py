@@ -27,6 +27,7 @@ FORCED_IN_PURE_MODE: tuple[tuple[str, Any, str], ...] = (
     ("kl_loss_coef", 0.0, "there is no reference beside the teacher"),
     ("add_token_level_kl", False, "there is no reference beside the teacher"),
     ("init_kl_coef", 0.0, "there is no reference beside the teacher"),
+    ("target_kl", None, "there is no reference beside the teacher"),
     ("whiten_advantages", False, "it would cancel opd_kl_coef and amplify noise once student and teacher agree"),
     ("whiten_rewards", False, "it would cancel opd_kl_coef and amplify noise once student and teacher agree"),
 )
@@ -108,7 +109,9 @@ def _model_paths(config: P, names: Mapping[str, str]) -> P:
         path = f"{names['actor_train']}.model_args.model_name_or_path"
         raise ConfigError(path, "no model: set it here, or set 'pretrain' for both roles of the student")
     config = replace(config, actor_train=_with_model(train, fallback), actor_infer=_with_model(infer, fallback))
-    teachers = {n: _as_student(t, fallback, names[teacher_key(n)]) for n, t in config.teachers.items()}
+    student = config.actor_train.model_args.model_name_or_path
+    assert student is not None
+    teachers = {n: _as_student(t, student, names[teacher_key(n)]) for n, t in config.teachers.items()}
     config = replace(config, teachers=teachers)
     for name, teacher in config.teachers.items():
         if not teacher.model_args.model_name_or_path:

@@ -169,7 +169,11 @@ class BasePipeline(ABC):
             if self.clusters.critic is not None:
                 self.clusters.critic.call_all("load", str(resume_from / "critic"))
             for name in self.moving:
-                self.clusters.scorers[name].call_all("load_model", str(resume_from / f"teacher-{name}"))
+                folder = resume_from / f"teacher-{name}"
+                if folder.is_dir():
+                    self.clusters.scorers[name].call_all("load_model", str(folder))
+                else:
+                    logger.warning("%s holds no weights of teacher %s, which did not move then", resume_from, name)
             logger.info("resumed from %s: step %d comes next", resume_from, self.step)
         bucket = self.config.model_update_buffer_size_mb << 20
         self.weight_syncs = [WeightSync(self.clusters.train, self.clusters.infer, bucket)]

@@ -64,11 +64,11 @@ class Critic:
 def value_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """How well the values that a batch was sampled with predict its returns.
 
-    ``critic/explained_variance = 1 - Var(R - V) / Var(R)`` over the sampled tokens of graded trajectories: 1 is
-    perfect, 0 no better than a constant. It is left out where all returns are equal.
+    ``critic/explained_variance = 1 - Var(R - V) / Var(R)`` over the sampled tokens of graded trajectories that no mask
+    took out: 1 is perfect, 0 no better than a constant. It is left out where all returns are equal.
     """
     metrics = {"critic/value_mean": float(np.mean(_joined(trajectories, "values")))}
-    graded = [t for t in trajectories if t.reward is not None]
+    graded = [t for t in trajectories if t.reward is not None and t.trained]
     if graded:
         values, returns = _joined(graded, "values"), _joined(graded, "returns")
         variance = float(returns.var())

@@ -37,10 +37,8 @@ from roll_opd.algorithms.stabilisers import (
 )
 from roll_opd.configs.pipeline_config import PipelineConfig, RLVRConfig
 from roll_opd.errors import TrainingError
+from roll_opd.pipeline.trajectory_stream import MOST_UNGRADED
 from roll_opd.trajectory import BASE_MODEL, REFERENCE, Trajectory
-
-MOST_UNGRADED = 0.5
-"""Share of a batch without a reward beyond which a run that trains on rewards stops: its grader is broken."""
 
 
 class Signal:
@@ -69,7 +67,7 @@ class Signal:
         self._running = RunningMoments()
         self._kl: KLController = (
             FixedKLController(config.init_kl_coef)
-            if config.target_kl is None
+            if config.target_kl is None or not (config.needs_reference and config.add_token_level_kl)
             else AdaptiveKLController(config.init_kl_coef, config.target_kl, config.kl_horizon)
         )
 
@@ -97,7 +95,7 @@ class Signal:
         keep = self._kept(trajectories, metrics)
         advantages = [torch.zeros(t.response_length) for t in trajectories]
         returns: list[Tensor] | None = None
-        to_reward = self.uses_rewards and self.config.opd_args.apply_to == "reward"
+        to_reward = self.uses_rewards and bool(self.config.teachers) and self.config.opd_args.apply_to == "reward"
         if self.uses_rewards:
             penalties = self._penalties(trajectories, teacher_terms if to_reward else None, metrics)
             advantages, returns = self._rl_advantages(trajectories, penalties, keep, metrics)

@@ -103,7 +103,9 @@ class TeacherPool:
         return out
 
     async def _score_by(self, teacher: Teacher, trajectories: list[Trajectory]) -> list[TeacherScores]:
-        requests = [request_for(t, teacher.name, teacher.want) for t in trajectories]
+        # Held-out samples are measured, not trained on: nobody reads more of them than the sampled token's score.
+        want = teacher.want if all(t.id.stream == "train" for t in trajectories) else SAMPLED_ONLY
+        requests = [request_for(t, teacher.name, want) for t in trajectories]
         tokens = sum(len(r.tokens) for r in requests)
         tried: set[int] = set()
         for _ in range(teacher.config.max_retries + 1):
@@ -112,7 +114,7 @@ class TeacherPool:
             tried.add(index)
             replica.tokens += tokens
             try:
-                answer, details = _ask(replica.worker, requests, teacher.want)
+                answer, details = _ask(replica.worker, requests, want)
                 results = await asyncio.wait_for(_resolve(answer), teacher.config.request_timeout)
                 triples = zip(trajectories, requests, results, strict=True)
                 scores = [accept(t, q, r) for t, q, r in triples]

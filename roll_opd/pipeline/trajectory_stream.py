@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 MAX_DRAWS_PER_KEPT = 20
 """Prompts that may be drawn for each one that a batch needs before a filter is called hopeless."""
+MOST_UNGRADED = 0.5
+"""Share of responses without a reward beyond which a run that needs them stops: its grader is broken."""
 
 
 def first_of(error: BaseException) -> BaseException:
@@ -236,7 +238,9 @@ class TrajectoryStream:
             except BaseException as error:  # noqa: BLE001 - raised again by collect(), in the main loop
                 item = first_of(error)
             self._batches.put(item)
-            if isinstance(item, BaseException):
+            failed = isinstance(item, BaseException)
+            del item  # or the teachers' details would live until the next batch is complete
+            if failed:
                 return
 
     async def _full_batch(self, prompt_of: Callable[[int], Prompt], size: int, next_draw: int) -> Batch:
@@ -259,6 +263,12 @@ class TrajectoryStream:
             if self.keep_group is None:
                 return replace(batch, next_draw=next_draw)
             graded = await self._graded(batch, None)
+            ungraded = sum(t.reward is None and self.rewards.route(t.tag) is not None for t in graded)
+            if ungraded > MOST_UNGRADED * len(graded):
+                raise GenerationError(
+                    f"{ungraded} of {len(graded)} responses have no reward, so query_filter_config cannot tell what to "
+                    f"keep; the log names the reward that failed"
+                )
             for start in range(0, len(graded), self.group_size):
                 group = graded[start : start + self.group_size]
                 if not self.keep_group(group):

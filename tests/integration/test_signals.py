@@ -85,6 +85,15 @@ def test_a_divergence_over_the_vocabulary_teaches(run, tmp_path: Path) -> None:
     assert finished.metrics[0]["train/divergence_loss"] > finished.metrics[14]["train/divergence_loss"]
 
 
+def test_supports_that_need_the_students_ids_train_and_validate(run, tmp_path: Path) -> None:
+    """Ids that the engine ranked first are asked for in training alone; validation must do without them."""
+    finished = run(tmp_path / "run", max_steps=2, eval_steps=1, html_samples=0, **{
+        "opd_args.objective": "direct", "opd_args.support": "union_topk", "opd_args.top_k": 8,
+    })  # fmt: skip
+    assert finished.summary["reverse_kl_last"] < finished.summary["reverse_kl_first"]
+    assert finished.metrics[0]["train/divergence_loss"] > 0
+
+
 def test_mixed_mode_reaches_what_either_signal_misses(run, tmp_path: Path) -> None:
     """The teacher is wrong on one tag and the rewards see both; with a small coefficient the rewards win there."""
     finished = run(tmp_path / "run", example=MIXED, config_name="mixed", launcher="rlvr", max_steps=3, eval_steps=0)

@@ -719,3 +719,33 @@ def test_the_input_is_left_alone(make) -> None:
         array.setflags(write=False)  # as it comes from the object store
     Signal(mixed(train_infer_correction=correction("token")))(batch, 0)
     assert batch[0].advantages is None and batch[0].policy_weights is None
+
+
+def test_left_over_distillation_settings_do_not_touch_plain_rl(make) -> None:
+    """Without a teacher ``apply_to: reward`` has nothing to apply; the KL penalty must still be subtracted."""
+    from roll_opd.configs import build_config
+
+    config = build_config(
+        {
+            "pretrain": "m",
+            "actor_train": {"data_args": {"file_name": "x.jsonl"}},
+            "actor_infer": {"infer_batch_size": 4},
+            "reference": {"infer_batch_size": 4},
+            "rewards": {"r": {"worker_cls": "a.B"}},
+            "adv_estimator": "reinforce",
+            "add_token_level_kl": True,
+            "init_kl_coef": 0.5,
+            "opd_args": {"apply_to": "reward"},
+        },
+        "rlvr",
+    ).config
+    assert config.opd_args.apply_to == "advantage"
+    batch = [make(0, scores={"reference": [-2.0, -2.0, -2.0]}, reward=1.0)]
+    out, metrics = Signal(config)(batch, 0)
+    assert metrics["rl/kl_to_reference"] != 0.0
+    assert on_tokens(out)[0][0] != pytest.approx(1.0)
+
+
+def test_an_adaptive_coefficient_needs_a_kl_to_adapt_to(make) -> None:
+    """Pure distillation forces the coefficient to 0, from which a controller could not start."""
+    Signal(pure(1.0, target_kl=0.1, init_kl_coef=0.0))([make(0)], 0)
