@@ -213,10 +213,10 @@ def sample_view(t: Trajectory, step: int, tokenizer: PreTrainedTokenizerBase, co
     """A trajectory as the sample page shows it."""
     positions = t.response_mask.nonzero()[0].tolist()
     student = t.old_logprobs if t.old_logprobs is not None else t.infer_logprobs
-    # What was trained on. Validation has no advantage, and a divergence that is back-propagated needs none: there it
-    # is the log-ratio.
+    # What was trained on, as far as it is the teachers': the log-ratio in validation, which has no advantage, where the
+    # divergence itself is the loss, and where the advantage holds the reward's part too.
     advantages = t.advantages
-    if advantages is None or t.divergence_weights:
+    if advantages is None or t.divergence_weights or config.mode == "mixed_opd":
         terms = [config.teacher_coef(name) * (t.teacher_scores[name].logprobs - student) for name in t.teachers]
         advantages = np.sum(terms, axis=0) if terms else np.zeros(len(t), dtype=np.float32)
     special = set(tokenizer.all_special_ids)

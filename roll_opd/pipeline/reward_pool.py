@@ -1,10 +1,15 @@
-"""Tag -> reward worker. A reward that fails costs its verdict, never the run."""
+"""Tag -> reward worker. A reward that fails costs its verdict, never the run.
+
+Verdicts that somebody waits for, to train on them or to validate, are lost only if the reward is at fault, never to a
+loaded machine: otherwise a run would not repeat. Verdicts that only monitor are given up once too many are waiting.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError
@@ -18,7 +23,19 @@ START_SECONDS = 120.0
 """Time for a grading process to start, on top of the time for each response."""
 
 MAX_PENDING = 4096
-"""Responses that may wait for one reward; more are left ungraded, or a slow reward would pile up for ever."""
+"""Responses that may wait for one reward that nobody waits for; more are left ungraded, or a slow one would pile up for
+ever."""
+
+VALIDATION = "val:"
+"""What the ids of validation samples begin with, see :class:`~roll_opd.trajectory.TrajectoryId`."""
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A reward's worker, and how many responses it has been asked about and has not answered."""
+
+    handle: Any
+    pending: int = 0
 
 
 class RewardPool:
@@ -26,12 +43,14 @@ class RewardPool:
 
     Args:
         rewards: name -> (config, worker handles). The first reward whose ``tag_included`` has the tag grades it.
+        waits: whether training waits for all verdicts. Validation always does.
     """
 
-    def __init__(self, rewards: Mapping[str, tuple[RewardConfig, Sequence[Any]]]) -> None:
-        self.rewards = {name: (config, list(workers)) for name, (config, workers) in rewards.items()}
+    def __init__(self, rewards: Mapping[str, tuple[RewardConfig, Sequence[Any]]], waits: bool = False) -> None:
+        self.rewards = {name: (config, [_Worker(h) for h in handles]) for name, (config, handles) in rewards.items()}
+        self.waits = waits
         self._turn = 0
-        self._pending = dict.fromkeys(rewards, 0)
+        self._dropped = dict.fromkeys(rewards, 0)
         self.failures = 0
 
     def route(self, tag: str) -> str | None:
@@ -57,15 +76,16 @@ class RewardPool:
     async def _grade_by(self, name: str, items: list[RewardItem]) -> list[RewardResult] | list[None]:
         config, workers = self.rewards[name]
         ungraded = [None] * len(items)
-        if not workers or self._pending[name] + len(items) > MAX_PENDING:
+        waited_for = self.waits or any(item.id.startswith(VALIDATION) for item in items)
+        if not workers or (not waited_for and self._is_full(name, len(items))):
             return ungraded
-        self._turn += 1
-        worker = workers[self._turn % len(workers)]
-        self._pending[name] += len(items)
-        request = worker.grade.remote(items)
+        worker = self._least_loaded(workers)
+        worker.pending += len(items)
+        # Items may be graded one after the other, behind those that came before, and a grader may have to be started.
+        queue = worker.pending if waited_for else len(items)
+        request = worker.handle.grade.remote(items)
         try:
-            # Items may be graded one after the other, and a grader may have to be started first.
-            results = await asyncio.wait_for(_resolve(request), START_SECONDS + config.reward_timeout * len(items))
+            results = await asyncio.wait_for(_resolve(request), START_SECONDS + config.reward_timeout * queue)
             if [r.id for r in results] != [item.id for item in items]:
                 raise ValueError(f"{len(results)} results, or for other responses than the {len(items)} asked for")
             return results
@@ -80,7 +100,31 @@ class RewardPool:
                     logger.warning("reward %s has no process left; its samples stay ungraded", name)
             return ungraded
         finally:
-            self._pending[name] -= len(items)
+            worker.pending -= len(items)
+
+    def _is_full(self, name: str, more: int) -> bool:
+        """Whether ``more`` responses would be too many; says so once when that begins and once when it ends."""
+        pending = sum(worker.pending for worker in self.rewards[name][1])
+        dropped = self._dropped[name]
+        if pending + more > MAX_PENDING:
+            if not dropped:
+                logger.warning(
+                    "reward %s is slow: %d responses wait for it, so %d more stay ungraded, as do others until it has "
+                    "caught up",
+                    name, pending, more,
+                )  # fmt: skip
+            self._dropped[name] += more
+            return True
+        if dropped:
+            logger.warning("reward %s has caught up; it left %d responses ungraded", name, dropped)
+            self._dropped[name] = 0
+        return False
+
+    def _least_loaded(self, workers: list[_Worker]) -> _Worker:
+        """The worker with the fewest pending responses; among equals they take turns."""
+        self._turn += 1
+        first = self._turn % len(workers)
+        return min([*workers[first:], *workers[:first]], key=lambda worker: worker.pending)
 
 
 async def _resolve(ref: Any) -> list[RewardResult]:

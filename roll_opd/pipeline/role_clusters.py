@@ -116,7 +116,10 @@ class RoleClusters:
             {name: (self.scorer_configs[name], c.workers) for name, c in self.scorers.items()},
             dict.fromkeys(config.teachers, want_of(config)),
         )
-        self.reward_pool = RewardPool({n: (config.rewards[n], c.workers) for n, c in self.rewards.items()})
+        self.reward_pool = RewardPool(
+            {name: (config.rewards[name], c.workers) for name, c in self.rewards.items()},
+            waits=config.mode != "pure_opd",
+        )
 
     def _setup(self) -> None:
         """Load all models side by side; the first failure is the error that the user sees."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import logging
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -68,7 +69,8 @@ class RewardWorker(ABC):
     async def grade(self, items: Sequence[RewardItem]) -> list[RewardResult]:
         """Grade the items side by side; results come in the order of ``items``.
 
-        A bad item never raises: it gets reward 0.0, ``correct=None`` and an ``error``.
+        A bad item never raises: it gets reward 0.0, ``correct=None`` and an ``error``. So does one whose reward is not
+        a finite number.
 
         Raises:
             RollOPDError: the fault is not of an item but of the installation, for example a grader that cannot start.
@@ -116,6 +118,9 @@ class RewardWorker(ABC):
         started = time.monotonic()
         try:
             result = await self.grade_one(item)
+            if result.error is None and not math.isfinite(result.reward):
+                # One NaN among a group's rewards would make NaN of the advantages of the whole group.
+                result = RewardResult(item.id, 0.0, error="reward is not finite", seconds=result.seconds)
         except RollOPDError:
             raise
         except Exception as error:

@@ -31,7 +31,8 @@ class TokenView:
     logprob_teacher: Mapping[str, float]
     """Teacher's name → nats."""
     advantage: float
-    """The teachers' part of the advantage, ``Σ_i c_i (logprob_teacher_i - logprob_student)``: it decides the colour."""
+    """The teachers' part of the advantage, ``Σ_i c_i (logprob_teacher_i - logprob_student)``, or without teachers the
+    reward's: it decides the colour."""
     from_student: bool = True
     """False for what an environment or a template wrote: shown plain, counted nowhere."""
     special: bool = False
@@ -91,7 +92,7 @@ def write_samples_page(path: Path, samples: Sequence[SampleView], title: str, su
 <p class="subtitle">{escape(_visible(subtitle))}</p>
 <p class="totals">{_totals(samples)}</p>
 </header>
-{_legend()}
+{_legend(samples)}
 <main>
 {body or '<p class="totals">No samples.</p>'}
 </main>
@@ -212,20 +213,31 @@ def _totals(samples: Sequence[SampleView]) -> str:
     if tokens:
         disliked = sum(token.advantage <= -LEVELS[0] for token in tokens)
         facts.append(f"mean advantage {_number(_mean(token.advantage for token in tokens))} nats per token")
-        facts.append(f"teacher dislikes {disliked / len(tokens):.0%} of {len(tokens)} tokens")
+        subject = "teacher dislikes" if _has_teacher(samples) else "pushed down:"
+        facts.append(f"{subject} {disliked / len(tokens):.0%} of {len(tokens)} tokens")
     return " · ".join(facts)
 
 
-def _legend() -> str:
+def _has_teacher(samples: Sequence[SampleView]) -> bool:
+    return any(token.logprob_teacher for sample in samples for token in sample.tokens)
+
+
+def _legend(samples: Sequence[SampleView]) -> str:
     top = len(LEVELS)
     steps = [(f"dislike-{level}", f"≤ {_MINUS}{LEVELS[level - 1]:g}") for level in range(top, 0, -1)]
     steps.append(("", f"± {LEVELS[0]:g}"))
     steps += [(f"agree-{level}", f"≥ {LEVELS[level - 1]:g}") for level in range(1, top + 1)]
     cells = "".join(f'<span class="t {name}">{escape(text)}</span>' for name, text in steps)
+    # A page without samples speaks of teachers: nothing on it says otherwise.
+    low, high, what = (
+        ("teacher dislikes", "teacher likes it more than the student", f"in nats: teacher {_MINUS} student logprob")
+        if _has_teacher(samples) or not samples
+        else ("pushed down", "pushed up", "of the reward")
+    )
     return (
-        '<aside><span class="end">teacher dislikes</span>'
-        f'<span class="scale">{cells}</span><span class="end">teacher likes it more than the student</span>'
-        f'<span class="note">advantage in nats: teacher {_MINUS} student logprob. '
+        f'<aside><span class="end">{low}</span>'
+        f'<span class="scale">{cells}</span><span class="end">{high}</span>'
+        f'<span class="note">advantage {what}. '
         '<span class="t other">italic</span> not sampled by the student, <span class="t special">framed</span> special '
         "token. Point at a token for its numbers.</span></aside>"
     )

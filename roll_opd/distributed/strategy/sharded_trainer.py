@@ -176,11 +176,17 @@ class ShardedTrainer:
         return {"model": model, "optimizer": optimizer}
 
     def save(self, folder: str) -> None:
-        """Write weights, optimizer, schedule and random state; every rank its part."""
+        """Write weights, optimizer, schedule and random state; every rank its part. Changes nothing here."""
+        # Of an optimizer without state torch makes one by a step with zero gradients, which Adam counts as its first:
+        # bias correction, and so the updates to come, would depend on whether something was saved before them.
+        fresh = not self.optimizer.state
+        state = self._state()
+        if fresh:
+            self.optimizer.state.clear()
         with disk_errors("checkpoint_config.output_dir", f"cannot write {folder}"):
-            dcp.save(self._state(), checkpoint_id=folder)
+            dcp.save(state, checkpoint_id=folder)
             torch.save(
-                {"scheduler": self.scheduler.state_dict(), "rng": torch.get_rng_state()},
+                {"scheduler": self.scheduler.state_dict(), "rng": torch.get_rng_state(), "fresh": fresh},
                 f"{folder}/extra_rank{self.rank}.pt",
             )
         dist.barrier()
@@ -199,6 +205,9 @@ class ShardedTrainer:
         mine = Path(folder) / f"extra_rank{self.rank}.pt"
         with disk_errors("resume_from_checkpoint", f"cannot read {folder}"):
             extra = torch.load(mine if mine.exists() else mine.with_name("extra_rank0.pt"), weights_only=True)
+        if extra.get("fresh", False):
+            # All ranks took as many steps, so all say the same. What was written is only torch's zero step.
+            self.optimizer.state.clear()
         self.scheduler.load_state_dict(extra["scheduler"])
         torch.set_rng_state(extra["rng"])
 

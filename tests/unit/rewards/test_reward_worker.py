@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import math
 import sys
 
+import numpy as np
 import pytest
 
 from roll_opd.errors import ConfigError, LaunchError
@@ -12,6 +14,8 @@ from roll_opd.rewards.base import RewardItem, RewardResult, RewardWorker
 from roll_opd.rewards.math_rule_reward_worker import MathRuleRewardWorker
 
 MATH = "roll_opd.rewards.math_rule_reward_worker.MathRuleRewardWorker"
+
+NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "numpy": np.float32("nan"), "none": None}
 
 
 class LengthRewardWorker(RewardWorker):
@@ -22,6 +26,8 @@ class LengthRewardWorker(RewardWorker):
             raise KeyError("no such thing")
         if item.response == "broken":
             raise LaunchError("no GPU for the judge")
+        if item.response in NOT_FINITE:
+            return RewardResult(item.id, NOT_FINITE[item.response], correct=True)
         await asyncio.sleep(0.05 / (1 + int(item.id)))
         return RewardResult(item.id, float(len(item.response)))
 
@@ -40,6 +46,16 @@ def test_order_is_kept_and_a_fault_stays_with_its_item(caplog):
     assert results[1].error == "KeyError: 'no such thing'"
     assert results[1].correct is None
     assert "length" in caplog.text and "KeyError" in caplog.text
+
+
+@pytest.mark.parametrize("response", list(NOT_FINITE))
+def test_a_reward_that_is_no_finite_number_is_an_error_of_its_item(response, caplog):
+    with caplog.at_level(logging.WARNING):
+        before, bad, after = grade("a", response, "ccc")
+    assert (before.reward, after.reward) == (1.0, 3.0) and before.error is None and after.error is None
+    assert (bad.id, bad.reward, bad.correct) == ("1", 0.0, None)
+    assert bad.error is not None and ("TypeError" in bad.error if response == "none" else "not finite" in bad.error)
+    assert "reward length: item 1" in caplog.text
 
 
 def test_nothing_to_grade():

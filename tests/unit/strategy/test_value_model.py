@@ -41,11 +41,14 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def critic(path: str, vocabulary, *, rate: float = 1.0, total: int = 10, **settings) -> FSDP2ValueStrategy:
+def critic(
+    path: str, vocabulary, *, rate: float = 1.0, total: int = 10, optimizer: str = "sgd",
+    schedule: str = "constant", **settings,
+) -> FSDP2ValueStrategy:  # fmt: skip
     config = WorkerConfig(
         model_args=ModelArguments(path, dtype="fp32", disable_gradient_checkpointing=True),
         training_args=TrainingArguments(
-            optimizer="sgd", learning_rate=rate, lr_scheduler_type="constant", per_device_train_batch_size=3
+            optimizer=optimizer, learning_rate=rate, lr_scheduler_type=schedule, per_device_train_batch_size=3
         ),
         **settings,
     )
@@ -179,6 +182,55 @@ def test_save_and_load_go_on_exactly(with_head, vocabulary, sequences, tmp_path:
     assert one.train_step(batches, None) == two.train_step(batches, None)
     for a, b in zip(one.values(sequences), two.values(sequences), strict=True):
         assert (a == b).all()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_checkpoint_before_the_first_update_changes_nothing(
+    with_head, vocabulary, sequences, tmp_path: Path, optimizer
+) -> None:
+    """As while a critic warms up. The run that goes on, and the one that is resumed, equal the run that saves nothing.
+
+    Adam's first step is ``rate * g / |g|``. Behind a step with zero gradient it is
+    ``(0.1 / 0.19) / sqrt(0.001 / 0.001999)`` = 0.74 of that: a step too many shows.
+    """
+    folder = str(tmp_path / "critic")
+    (tmp_path / "critic").mkdir()
+
+    def begin() -> FSDP2ValueStrategy:
+        return critic(with_head, vocabulary, rate=0.01, optimizer=optimizer, schedule="linear")
+
+    straight, saving, resumed = begin(), begin(), begin()
+    items = trained_items(sequences, straight.values(sequences))
+    batches = micro_batches(items, straight.config, 1, "token-mean", 64)[0]
+    start = weights_of(straight)
+    saving.save(folder)
+    assert not saving.trainer.optimizer.state
+    # What is loaded counts, not what the trainer has done before.
+    resumed.train_step(batches, None)
+    resumed.load(folder)
+    assert not resumed.trainer.optimizer.state
+    for step in range(2):
+        metrics = [strategy.train_step(batches, None) for strategy in (straight, saving, resumed)]
+        assert metrics[0] == metrics[1] == metrics[2]
+        expected = weights_of(straight)
+        assert any(not torch.equal(start[name], expected[name]) for name in start)
+        for strategy in (saving, resumed):
+            for name, weight in weights_of(strategy).items():
+                assert torch.equal(weight, expected[name]), (step, name)
+    # A checkpoint after an update still brings the optimizer's state along.
+    (tmp_path / "later").mkdir()
+    folder = str(tmp_path / "later")
+    saving.save(folder)
+    again = begin()
+    again.load(folder)
+    assert bool(again.trainer.optimizer.state) == (optimizer == "adamw")
+    assert again.train_step(batches, None) == straight.train_step(batches, None)
+    for name, weight in weights_of(again).items():
+        assert torch.equal(weight, weights_of(straight)[name]), name
+
+
+def weights_of(strategy: FSDP2ValueStrategy) -> dict[str, torch.Tensor]:
+    return {name: weight.clone() for name, weight in strategy.trainer.full_parameters(strategy.model)}
 
 
 def test_what_is_exported_is_loaded_again(with_head, vocabulary, sequences, tmp_path: Path) -> None:

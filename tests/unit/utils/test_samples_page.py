@@ -153,6 +153,12 @@ def test_legend_states_the_scale(page):
     assert "nats" in legend
 
 
+def test_without_a_teacher_the_page_speaks_of_the_reward(page):
+    text = page(sample([TokenView("a", -1.0, {}, 0.9), TokenView("b", -1.0, {}, -0.9)]))
+    assert "teacher" not in re.search("<body>.*</body>", text, re.DOTALL).group()
+    assert "pushed down: 50% of 2 tokens" in text and "advantage of the reward" in text
+
+
 def test_jsonl_is_appended_and_can_be_cut_at_a_step(tmp_path):
     path = tmp_path / "samples" / "samples.jsonl"
     write_samples_jsonl(path, [sample([token("a\n\udce9", -0.1, math.nan)], step=0)])
