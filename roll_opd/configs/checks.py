@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from roll_opd.configs.opd_checks import check_opd
+from roll_opd.configs.builder import did_you_mean
+from roll_opd.configs.idle_settings import idle_warnings
+from roll_opd.configs.opd_checks import check_logprob_source, check_opd
 from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.configs.resolve import parallel_size
 from roll_opd.configs.roles import teacher_key
-from roll_opd.configs.worker_config import WorkerConfig
+from roll_opd.configs.worker_config import RewardFilterArguments, WorkerConfig
 from roll_opd.errors import ConfigError
 
 TRAIN_STRATEGIES = ("fsdp2_train", "megatron_train")
 GENERATE_STRATEGIES = ("vllm", "hf_infer", "sglang")
 AGENTIC_ESTIMATORS = ("gigpo", "step_reinforce", "agentic_reinforce")
+# Arguments of `query_filter_config`, by type: what `algorithms.reward_shaping` takes.
+FILTER_ARGS: dict[str, tuple[str, ...]] = {
+    "no_filter": (),
+    "mean_filter": ("threshold_down", "threshold_up"),
+    "std_filter": ("std_threshold",),
+}
 SCORE_STRATEGIES = ("hf_infer", "fsdp2_infer", "megatron_infer", "vllm", "remote")
 
 
@@ -26,14 +35,20 @@ def check_config(config: PipelineConfig, raw: Mapping[str, Any], names: Mapping[
     _check_sampling(config, names)
     _check_data(config, names, warnings)
     _check_rewards(config)
+    _check_groups(config, warnings)
     _check_unused(config, names, warnings)
     _check_batches(config, names, warnings)
     _check_devices(config, names, warnings)
     if config.teachers:
         check_opd(config, raw, names, warnings)
-    elif "opd_args" in raw or raw.get("opd_kl_coef") is not None:
-        key = "opd_args" if "opd_args" in raw else "opd_kl_coef"
-        warnings.append(f"{key}: has no effect, because no teacher is configured")
+    else:
+        # The source of the old policy's log-probabilities is the one setting of distillation that any run has.
+        check_logprob_source(config, names)
+        args = {f"opd_args.{key}": value for key, value in (raw.get("opd_args") or {}).items()}
+        args = {**args, "opd_args.student_logprob_source": None, "opd_kl_coef": raw.get("opd_kl_coef")}
+        idle = [key for key, value in args.items() if value is not None]
+        if idle:
+            warnings.append(f"{', '.join(idle)}: no effect, because no teacher is configured")
     if config.adv_estimator == "gae" and config.critic is None:
         raise ConfigError("adv_estimator", "gae needs a critic; add 'critic:', or use reinforce, grpo or rloo")
     if config.pipeline == "rlvr" and config.adv_estimator in AGENTIC_ESTIMATORS:
@@ -43,9 +58,18 @@ def check_config(config: PipelineConfig, raw: Mapping[str, Any], names: Mapping[
                                  ("use_kl_loss", config.use_kl_loss and config.kl_loss_coef > 0)) if on]  # fmt: skip
     if config.mode == "rl" and wants and config.reference is None:
         raise ConfigError(wants[0], "needs a reference; add 'reference:' (a worker config), or remove it")
+    if (
+        config.needs_reference
+        and config.add_token_level_kl
+        and config.target_kl is not None
+        and not config.init_kl_coef
+    ):
+        problem = "is 0, from which a coefficient that adapts to target_kl never moves"
+        raise ConfigError("init_kl_coef", f"{problem}; start above 0, or remove target_kl")
     if config.needs_reference and config.kl_penalty == "full" and config.add_token_level_kl:
         problem = "'full' is a sum over the vocabulary, and a reference reports the sampled token"
         raise ConfigError("kl_penalty", f"{problem}; use kl, abs, mse or k3")
+    warnings += idle_warnings(config, raw)
 
 
 def roles_of(config: PipelineConfig, names: Mapping[str, str]) -> dict[str, WorkerConfig]:
@@ -166,8 +190,37 @@ def _check_rewards(config: PipelineConfig) -> None:
     for name, reward in config.rewards.items():
         if not reward.worker_cls:
             raise ConfigError(f"rewards.{name}.worker_cls", "missing: it names the class that grades the responses")
+        _check_filter(reward.query_filter_config, f"rewards.{name}.query_filter_config.filter_args")
     if config.mode != "pure_opd" and config.pipeline == "rlvr" and not config.rewards:
         raise ConfigError("rewards", "missing: without pure distillation the RLVR pipeline trains on rewards")
+
+
+def _check_filter(spec: RewardFilterArguments, path: str) -> None:
+    known = FILTER_ARGS[spec.type]
+    for key, value in spec.filter_args.items():
+        if key not in known:
+            problem = f"{spec.type} takes {' and '.join(known) or 'no arguments'}{did_you_mean(key, known)}"
+            raise ConfigError(f"{path}.{key}", f"unknown key: {problem}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+            raise ConfigError(f"{path}.{key}", f"expected a number, got {value!r}")
+
+
+def _check_groups(config: PipelineConfig, warnings: list[str]) -> None:
+    """With one sample a prompt, what compares the samples of a prompt leaves nothing of the reward."""
+    if config.mode == "pure_opd" or config.pipeline != "rlvr" or config.num_return_sequences_in_group > 1:
+        return
+    norms = [key for key in ("norm_mean_type", "norm_std_type") if getattr(config, key) == "group"]
+    if config.adv_estimator in ("grpo", "rloo"):
+        what, result, other = str(config.adv_estimator), "its advantage is always 0", "adv_estimator: reinforce"
+    elif norms:
+        what, result, other = f"{norms[0]} group", "every reward becomes 0", f"{' and '.join(norms)}: batch"
+    else:
+        return
+    field, fix = "num_return_sequences_in_group", f"use at least 2, or {other}"
+    problem = f"1, but {what} compares samples of one prompt with each other; with one sample {result}"
+    if config.mode == "rl":
+        raise ConfigError(field, f"{problem}; {fix}")
+    warnings.append(f"{field}: {problem}, and the teachers alone train the student; {fix}")
 
 
 def _check_unused(config: PipelineConfig, names: Mapping[str, str], warnings: list[str]) -> None:

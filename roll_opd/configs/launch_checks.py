@@ -93,9 +93,12 @@ def starts_critic(config: PipelineConfig) -> bool:
 
 
 def launched_roles(config: PipelineConfig, names: Mapping[str, str]) -> dict[str, WorkerConfig]:
-    """The roles that hold a model and are started, by path; settings of a critic that is not started have no effect."""
-    roles = roles_of(config, names)
-    return roles if starts_critic(config) else {path: w for path, w in roles.items() if path != "critic"}
+    """The roles that hold a model and are started, by path.
+
+    Settings of a critic whose values nothing asks for, or of a reference that nothing is compared with, have no effect.
+    """
+    started = {"critic": starts_critic(config), "reference": config.needs_reference}
+    return {path: worker for path, worker in roles_of(config, names).items() if started.get(path, True)}
 
 
 def launch_blockers(loaded: LoadedConfig) -> list[ConfigError]:
@@ -191,8 +194,6 @@ def _strategies(loaded: LoadedConfig) -> list[ConfigError]:
     jobs = {names["actor_train"]: "actor_train", names["actor_infer"]: "actor_infer"}
     found = []
     for path, worker in launched_roles(config, names).items():
-        if path == "reference" and not config.needs_reference:
-            continue
         runnable = RUNNABLE_STRATEGIES[jobs.get(path, path if path in RUNNABLE_STRATEGIES else "teacher")]
         assert worker.strategy_args is not None
         strategy = worker.strategy_args.strategy_name

@@ -44,9 +44,10 @@ def check_opd(config: PipelineConfig, raw: Mapping[str, Any], names: Mapping[str
     if explicit:
         _check_kl_penalty(config, user)
     _check_objective(args, effective_estimator(config, explicit), user, config.mode, warnings)
-    _check_logprob_source(config, names)
+    check_logprob_source(config, names)
     _check_teachers(config, effective_estimator(config, explicit), names)
     _check_self_teachers(config, names)
+    _check_correction(config, warnings)
     if config.mode == "mixed_opd":
         _check_mixed(config, warnings)
 
@@ -131,6 +132,19 @@ def _check_extrapolation(args: OPDArguments, estimator: Estimator) -> None:
         raise ConfigError("opd_args.base_model", f"{problem}; set opd_args.extrapolation above 1, or remove it")
 
 
+def _check_correction(config: PipelineConfig, warnings: list[str]) -> None:
+    """The correction of the train/infer mismatch weighs the policy loss, which a direct divergence is no part of."""
+    correction = config.train_infer_correction
+    enabled = correction.is_weight.enabled or any(spec.enabled for spec in correction.filters)
+    if not enabled or config.opd_args.objective != "direct":
+        return
+    if config.mode == "pure_opd":
+        problem = "weighs the policy loss, which is zero in pure distillation with opd_args.objective 'direct'"
+        raise ConfigError("train_infer_correction", f"{problem}; use objective: policy_gradient, or switch it off")
+    problem = "weighs the reward's part alone: the divergence of opd_args.objective 'direct' is a loss of its own"
+    warnings.append(f"train_infer_correction: {problem}")
+
+
 def _check_mixed(config: PipelineConfig, warnings: list[str]) -> None:
     """Rules of the mixed mode: what takes the reference's place, and what the discount does to the teacher's term."""
     for key, on in (("use_kl_loss", config.use_kl_loss and config.kl_loss_coef > 0),
@@ -176,7 +190,8 @@ def with_alias_resolved(config: P, raw: Mapping[str, Any]) -> P:
     return replace(config, opd_args=args, kl_penalty="kl")
 
 
-def _check_logprob_source(config: PipelineConfig, names: Mapping[str, str]) -> None:
+def check_logprob_source(config: PipelineConfig, names: Mapping[str, str]) -> None:
+    """Refuse the engine's log-probabilities where they are not those of the untruncated policy."""
     sampling = config.actor_infer.generating_args
     assert sampling is not None
     if config.opd_args.student_logprob_source == "infer" and not sampling.is_untruncated:

@@ -18,7 +18,7 @@ def plan_as_dict(loaded: LoadedConfig) -> dict[str, Any]:
     roles = {role: _role(getattr(config, role), names[role]) for role in ("actor_train", "actor_infer")}
     if config.teachers:
         roles["reference"] = _reference(list(config.teachers.values()), names["reference"])
-    elif config.reference is not None:
+    elif config.reference is not None and config.needs_reference:
         roles["reference"] = _role(config.reference, "reference")
     if config.critic is not None and starts_critic(config):
         roles["critic"] = _role(config.critic, "critic")

@@ -11,9 +11,11 @@ from roll_opd.configs.loader import config_for_checkpoint_json, config_from_dict
 from roll_opd.configs.masking import MASK
 from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.configs.roll_compat import split_names
+from roll_opd.configs.training_args import TrainingArguments
 from roll_opd.errors import ConfigError
 
-# Settings beside the training itself: how long, how it is watched, where things lie, on what machines.
+# Settings beside the training itself: how long (unless a schedule is stretched to it), how it is watched, where things
+# lie, on what machines.
 FREE = split_names("""
     max_steps save_steps eval_steps logging_steps max_ckpt_to_keep output_dir logging_dir checkpoint_config exp_name
     track_with tracker_kwargs html_samples resume_from_checkpoint rollout_dump_dir ray_args num_nodes num_gpus_per_node
@@ -79,6 +81,9 @@ def resume_conflicts(
         if path in ("actor_train.world_size", "actor_train.device_mapping") and _ranks(_read(saved)) != _ranks(config):
             # Other ranks without other batch sizes: an optimizer step takes another number of samples.
             verdict = "warned"
+        if path == "max_steps" and _spread_over_the_run(config):
+            # The rest of the run follows other schedules than its beginning did.
+            verdict = "warned"
         if verdict != "free":
             (refused if verdict == "refused" else warned).append(_shown(path, yaml_names or {}))
     return refused, warned
@@ -118,6 +123,20 @@ def _verdict(path: str) -> str:
         belongs = _starts(within, REFUSED_IN_ACTOR_TRAIN) and not _starts(within, WARNED_IN_ACTOR_TRAIN)
         return "refused" if belongs else "warned"
     return "refused"
+
+
+def _spread_over_the_run(config: PipelineConfig) -> bool:
+    """Whether a schedule is stretched to the length of the run."""
+    if config.teachers and config.opd_args.coef_schedule != "constant":
+        return True
+    trained = [config.actor_train, *([config.critic] if config.critic and config.adv_estimator == "gae" else [])]
+    return any(_stretches(worker.training_args) for worker in trained)
+
+
+def _stretches(training: TrainingArguments) -> bool:
+    kind = training.lr_scheduler_type
+    share = kind == "constant_with_warmup" and training.warmup_steps == 0 and training.warmup_ratio > 0
+    return share or kind not in ("constant", "constant_with_warmup")
 
 
 def _starts(path: str, prefixes: tuple[str, ...]) -> bool:

@@ -69,6 +69,8 @@ def test_moving_self_teachers_follow_and_resume(run, tmp_path: Path, kind: str) 
         ]
 
     assert learned(whole) == learned(resumed)
+    if kind == "live":
+        return
     # The teacher has moved: its log-probabilities are not those of a frozen one.
     frozen = run(tmp_path / "frozen", **settings | {"teacher.teacher_args.self_teacher": "frozen"})
     assert frozen.metrics[3]["opd/teacher_logprob"] != whole.metrics[3]["opd/teacher_logprob"]

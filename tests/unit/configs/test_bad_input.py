@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from config_samples import DELETE, MIXED, PURE, REWARD, RL, changed
 
+from roll_opd.algorithms.reward_shaping import QUERY_FILTERS, query_filter
 from roll_opd.configs import build_config
+from roll_opd.configs.checks import FILTER_ARGS
 from roll_opd.errors import ConfigError
 
 SINGLE = {"model_args": {"model_name_or_path": "m"}}
@@ -181,6 +183,7 @@ def test_pure_mode_names_field_and_fix(changes, field, words):
     assert words in caught.value.problem
 
 
+GROUP = "num_return_sequences_in_group"
 OTHER_LAUNCHERS = [
     (RL, "rlvr", {"teacher": SINGLE}, "teacher", "distillation is off"),
     (RL, "rlvr", {"use_opd": True}, "teacher", "missing role"),
@@ -202,6 +205,11 @@ OTHER_LAUNCHERS = [
     (RL, "rlvr", {"add_token_level_kl": True, "kl_penalty": "full", "reference": {"infer_batch_size": 1}}, "kl_penalty",
      "use kl, abs, mse or k3"),
     (RL, "rlvr", {"adv_estimator": "gigpo"}, "adv_estimator", "use reinforce"),
+    (RL, "rlvr", {"adv_estimator": "grpo"}, GROUP, "is always 0; use at least 2, or adv_estimator: reinforce"),
+    (RL, "rlvr", {"adv_estimator": "rloo"}, GROUP, "rloo compares samples of one prompt with each other"),
+    (RL, "rlvr", {"norm_mean_type": "group", "norm_std_type": "group"}, GROUP,
+     "every reward becomes 0; use at least 2, or norm_mean_type and norm_std_type: batch"),
+    (RL, "rlvr", {"norm_std_type": "group"}, GROUP, "norm_std_type group compares"),
 ]  # fmt: skip
 
 
@@ -236,7 +244,7 @@ ACCEPTED = [
         lambda c: c.rewards["math"].reward_args == {"num_processes": 2},
     ),
     ({"track_with": "stdout"}, lambda c: c.track_with == ["stdout"]),
-    ({"opd_args": {"objective": "direct"}, "kl_penalty": "mse"}, lambda c: c.kl_penalty == "mse"),
+    ({"opd_args": {"objective": "direct"}, "kl_penalty": "mse"}, lambda c: c.kl_penalty == "kl"),
     ({"opd_args": {"student_logprob_source": "infer"}}, lambda c: c.opd_args.student_logprob_source == "infer"),
     ({"opd_args": {"base_model": "m", "extrapolation": 1.5}}, lambda c: c.opd_args.extrapolation == 1.5),
     (
@@ -328,3 +336,59 @@ def test_a_warm_up_that_constant_does_not_have_is_a_warning():
     changes = {"student_train.training_args": {"lr_scheduler_type": "constant", "warmup_steps": 5}}
     (warning,) = (w for w in build_config(changed(PURE, changes), OPD).warnings if "warm-up" in w)
     assert warning.startswith("student_train.training_args.lr_scheduler_type") and "constant_with_warmup" in warning
+
+
+@pytest.mark.parametrize("changes", [{"adv_estimator": "grpo"}, {"norm_mean_type": "group"}])
+def test_groups_of_one_are_a_warning_beside_a_teacher(changes):
+    (warning,) = build_config(changed(MIXED, changes), "rlvr").warnings
+    assert warning.startswith("num_return_sequences_in_group: 1, but") and "the teachers alone train" in warning
+    two = {**changes, "num_return_sequences_in_group": 2}
+    assert build_config(changed(MIXED, two), "rlvr").warnings == []
+    assert build_config(changed(RL, two), "rlvr").warnings == []
+
+
+def test_groups_of_one_are_nothing_where_no_reward_trains():
+    warnings = build_config(changed(PURE, {"norm_mean_type": "group"}), OPD).warnings
+    assert not any("num_return_sequences_in_group" in warning for warning in warnings)
+
+
+FILTER = "rewards.math.query_filter_config.filter_args"
+
+
+@pytest.mark.parametrize(("base", "launcher"), [(RL, "rlvr"), (PURE, OPD)])
+@pytest.mark.parametrize(
+    ("kind", "args", "key", "words"),
+    [
+        ("mean_filter", {"treshold_up": 1}, "treshold_up", "did you mean 'threshold_up'"),
+        ("mean_filter", {"std_threshold": 1}, "std_threshold", "mean_filter takes threshold_down and threshold_up"),
+        ("std_filter", {"std_treshold": 0.1}, "std_treshold", "did you mean 'std_threshold'"),
+        ("no_filter", {"threshold_up": 1}, "threshold_up", "no_filter takes no arguments"),
+        ("std_filter", {"std_threshold": "high"}, "std_threshold", "expected a number, got 'high'"),
+        ("std_filter", {"std_threshold": True}, "std_threshold", "expected a number, got True"),
+        ("std_filter", {"std_threshold": None}, "std_threshold", "expected a number, got None"),
+        ("mean_filter", {"threshold_down": 0, "threshold_up": float("nan")}, "threshold_up", "a number, got nan"),
+    ],
+)
+def test_arguments_of_a_filter_are_checked(base, launcher, kind, args, key, words):
+    reward = {**REWARD, "query_filter_config": {"type": kind, "filter_args": args}}
+    with pytest.raises(ConfigError) as caught:
+        build_config(changed(base, {"rewards": {"math": reward}}), launcher)
+    assert caught.value.field == f"{FILTER}.{key}"
+    assert words in caught.value.problem
+
+
+def test_filters_take_what_the_algorithm_takes():
+    assert {kind: set(args) for kind, args in FILTER_ARGS.items()} == {k: set(v) for k, v in QUERY_FILTERS.items()}
+    for kind, args in QUERY_FILTERS.items():
+        reward = {**REWARD, "query_filter_config": {"type": kind, "filter_args": {**args}}}
+        raw = changed(RL, {"rewards": {"math": reward}, "num_return_sequences_in_group": 2})
+        config = build_config(raw, "rlvr").config
+        spec = config.rewards["math"].query_filter_config
+        assert query_filter(spec.type, spec.filter_args, [0.0, 1.0])
+
+
+def test_a_coefficient_of_zero_cannot_adapt() -> None:
+    settings = {"reference": SINGLE, "add_token_level_kl": True, "target_kl": 0.1, "init_kl_coef": 0.0}
+    with pytest.raises(ConfigError, match="^init_kl_coef: is 0.*start above 0"):
+        build_config(changed(RL, settings), "rlvr")
+    build_config(changed(RL, {**settings, "init_kl_coef": 0.1}), "rlvr")

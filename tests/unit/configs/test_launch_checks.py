@@ -27,6 +27,14 @@ MODEL = "student_train.model_args"
 HF = {"strategy_name": "hf_infer"}
 SINGLE = PURE["teacher"]
 CRITIC = {"infer_batch_size": 8}
+# A role as another system runs it.
+FOREIGN = {
+    "worker_cls": "my.Worker",
+    "model_args": {"lora_target": "all-linear"},
+    "num_gpus_per_worker": 2,
+    "strategy_args": {"strategy_name": "megatron_infer", "strategy_config": {"sequence_parallel": True}},
+    "logits_in_fp32": True,
+}
 
 
 def reward(**settings):
@@ -108,6 +116,8 @@ def test_not_refused(changes):
         (MIXED, {"critic": CRITIC, "adv_estimator": "gae"}),
         # Of a critic that is not started nothing is asked.
         (RL, {"critic": {"model_args": {"lora_target": "all-linear"}}}),
+        # Nor of a reference that nothing is compared with.
+        (RL, {"reference": FOREIGN}),
         (RL, {"rewards": {"math": {**REWARD, "query_filter_config": {"type": "std_filter"}}}}),
     ],
 )
@@ -122,6 +132,8 @@ def test_what_trains_on_rewards_is_not_refused(base, changes):
          ["critic.strategy_args.strategy_name"]),
         ({"critic": {"model_args": {"lora_target": "all-linear"}}, "adv_estimator": "gae"},
          ["critic.model_args.lora_target"]),
+        ({"reference": FOREIGN, "use_kl_loss": True, "kl_loss_coef": 0.1},
+         ["reference.strategy_args.strategy_name", "reference.worker_cls", "reference.model_args.lora_target"]),
         ({"rewards": {"math": {**REWARD, "response_filter_config": {"type": "mean_filter"}}}},
          ["rewards.math.response_filter_config"]),
         ({"use_policy_loss_type": "PG"}, ["use_policy_loss_type"]),
@@ -146,6 +158,15 @@ def test_a_critic_without_a_use_is_mentioned(changes, words):
     warnings = launch_warnings(loaded)
     assert len(warnings) == (words is not None)
     assert not warnings or words in warnings[0]
+
+
+def test_a_reference_without_a_use_is_mentioned_once():
+    loaded = build_config(changed(RL, {"reference": FOREIGN}), "rlvr")
+    (warning,) = loaded.warnings
+    assert warning.startswith("settings without effect here: reference (not started")
+    assert launch_warnings(loaded) == []
+    used = build_config(changed(RL, {"reference": FOREIGN, "add_token_level_kl": True}), "rlvr")
+    assert used.warnings == [] and "reference.logits_in_fp32" in launch_warnings(used)[0]
 
 
 UNREAD = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from config_samples import DELETE, PURE, REWARD, changed
+from config_samples import DELETE, PURE, REWARD, RL, changed
 
 from roll_opd.configs import (
     AgenticConfig,
@@ -85,7 +85,7 @@ WARNED_CHANGES = [
     {"student_train.world_size": 2},
 ]  # fmt: skip
 FREE_CHANGES = [
-    {"max_steps": 9}, {"save_steps": 9}, {"eval_steps": 9}, {"logging_steps": 9}, {"max_ckpt_to_keep": 9},
+    {"save_steps": 9}, {"eval_steps": 9}, {"logging_steps": 9}, {"max_ckpt_to_keep": 9},
     {"output_dir": "x"}, {"logging_dir": "x"}, {"checkpoint_config": {"output_dir": "x"}}, {"exp_name": "x"},
     {"track_with": "stdout"}, {"tracker_kwargs": {"a": 1}}, {"html_samples": 1}, {"resume_from_checkpoint": True},
     {"rollout_dump_dir": "x"}, {"ray_args": {"num_cpus": 4}}, {"num_nodes": 2}, {"num_gpus_per_node": 4},
@@ -113,6 +113,36 @@ def test_warned(changes):
 def test_free(changes):
     assert conflicts(changes) == ([], [])
     assert changed_fields(saved(), build_config(changed(BASE, changes), OPD).config) != []
+
+
+@pytest.mark.parametrize(
+    ("settings", "free"),
+    [
+        ({f"{TRAIN}.lr_scheduler_type": "constant"}, True),
+        ({f"{TRAIN}.lr_scheduler_type": "constant_with_warmup", f"{TRAIN}.warmup_steps": 5}, True),
+        ({f"{TRAIN}.lr_scheduler_type": "constant_with_warmup", f"{TRAIN}.warmup_ratio": 0.1}, False),
+        # warmup_steps wins.
+        ({f"{TRAIN}.lr_scheduler_type": "constant_with_warmup", f"{TRAIN}.warmup_ratio": 0.1,
+          f"{TRAIN}.warmup_steps": 5}, True),
+        ({f"{TRAIN}.lr_scheduler_type": "linear"}, False),
+        ({f"{TRAIN}.lr_scheduler_type": "cosine"}, False),
+        ({f"{TRAIN}.lr_scheduler_type": "constant", "opd_args.coef_schedule": "cosine"}, False),
+        ({f"{TRAIN}.lr_scheduler_type": "constant", "opd_args.coef_schedule": "constant"}, True),
+        ({}, False),
+    ],
+)  # fmt: skip
+def test_a_longer_run_is_free_where_no_schedule_is_stretched_to_it(settings, free):
+    base = changed(BASE, settings)
+    assert conflicts({"max_steps": 9}, base) == ([], [] if free else ["max_steps"])
+
+
+@pytest.mark.parametrize(("estimator", "warned"), [("gae", ["max_steps"]), ("reinforce", [])])
+def test_the_schedule_of_a_critic_counts_where_it_is_started(estimator, warned):
+    constant = {"actor_train.training_args.lr_scheduler_type": "constant"}
+    base = changed(RL, {**constant, "critic": {"infer_batch_size": 1}, "adv_estimator": estimator})
+    before = json.loads(config_for_checkpoint_json(build_config(base, "rlvr").config))
+    loaded = build_config(changed(base, {"max_steps": 9}), "rlvr")
+    assert resume_conflicts(before, loaded.config, loaded.yaml_names) == ([], warned)
 
 
 def test_a_longer_response_is_refused_with_what_follows_from_it():
