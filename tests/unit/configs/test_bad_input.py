@@ -389,6 +389,6 @@ def test_filters_take_what_the_algorithm_takes():
 
 def test_a_coefficient_of_zero_cannot_adapt() -> None:
     settings = {"reference": SINGLE, "add_token_level_kl": True, "target_kl": 0.1, "init_kl_coef": 0.0}
-    with pytest.raises(ConfigError, match="^init_kl_coef: is 0.*start above 0"):
+    with pytest.raises(ConfigError, match=r"^init_kl_coef: is 0.*start above 0"):
         build_config(changed(RL, settings), "rlvr")
     build_config(changed(RL, {**settings, "init_kl_coef": 0.1}), "rlvr")
