@@ -62,6 +62,7 @@ class BasePipeline(ABC):
         self.next_draw = 0
         self.findings: list[Finding] = []
         self._rewards_in_time = True
+        self._resume_from: Path | None = None
 
     # ---- what a subclass provides --------------------------------------------------------------------------------
 
@@ -90,11 +91,15 @@ class BasePipeline(ABC):
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
-    def run(self) -> dict[str, Any]:
-        """Train; return the summary that is also written to ``summary.json``."""
-        resume_from = self.checkpoints.find(self.config.resume_from_checkpoint)
+    def check(self) -> None:
+        """Refuse what cannot work, before any process is started; comes before :meth:`run`."""
+        self._resume_from = self.checkpoints.find(self.config.resume_from_checkpoint)
         self.prepare()
         enforce(self.findings)
+
+    def run(self) -> dict[str, Any]:
+        """Train; return the summary that is also written to ``summary.json``."""
+        resume_from = self._resume_from
         with contextlib.ExitStack() as stack:
             self.checkpoints.set_aside(resume_from)
             stack.enter_context(self.report.open(self._restore_state(resume_from), self.loaded))

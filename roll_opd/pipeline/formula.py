@@ -25,7 +25,14 @@ def formula(config: PipelineConfig) -> str:
     if config.needs_reference and config.use_kl_loss:
         parts.append(f"+ {config.kl_loss_coef:g} * {config.kl_loss_type}(student, reference) in the loss")
     return "; ".join(
-        [f"{config.mode}: {parts[0]}", *parts[1:], *_bounds(config), _source(config), config.loss_agg_mode]
+        [
+            f"{config.mode}: {parts[0]}",
+            *parts[1:],
+            *_self_teachers(config),
+            *_bounds(config),
+            _source(config),
+            config.loss_agg_mode,
+        ]
     )
 
 
@@ -74,6 +81,18 @@ def _divergence(config: PipelineConfig, teacher: str) -> str:
     over = "the full vocabulary" if args.support == "full" else f"{args.support} {args.top_k}"
     tail = "" if args.support == "full" else (" and a tail" if args.add_tail else " without a tail")
     return f"{args.divergence}(student, {teacher}) over {over}{tail}"
+
+
+def _self_teachers(config: PipelineConfig) -> list[str]:
+    """Which teachers are the student, and which see another prompt."""
+    lines = []
+    for name, teacher in config.teachers.items():
+        args = teacher.teacher_args
+        what = [f"is the student ({args.self_teacher})"] if args.self_teacher else []
+        what += ["sees context_template"] if args.context_template else []
+        if what:
+            lines.append(f"{name} {' and '.join(what)}")
+    return lines
 
 
 def _bounds(config: PipelineConfig) -> list[str]:

@@ -31,6 +31,7 @@ def run_pipeline(loaded: LoadedConfig) -> Path:
     with stop_on_signals():
         pipeline = PIPELINES[config.pipeline](loaded)
         configure_logging(log_file=pipeline.report.folder.logs / "driver.log", process="driver")
+        pipeline.check()
         # Once more inside: Ray installs handlers of its own, which print a stack trace at SIGTERM.
         with ray_session(config.ray_args), stop_on_signals():
             pipeline.run()

@@ -12,15 +12,15 @@ POSITION_BUCKETS = (0, 16, 64, 256, 1024, 4096, 16384)
 """Lower bounds, in response tokens, of the buckets by which the reverse KL is reported."""
 
 
-def reverse_kl(trajectories: Iterable[Trajectory], teacher: str, source: str = "old_logprobs") -> float:
+def reverse_kl(trajectories: Iterable[Trajectory], teacher: str | None, source: str = "old_logprobs") -> float:
     """Mean over sampled tokens of ``student - teacher`` log-probability; NaN without any.
 
     Args:
         trajectories: scored ones; those the teacher did not score are passed over.
-        teacher: its name.
+        teacher: its name; None: every teacher that scored a trajectory, each token counted once for each.
         source: which of the student's log-probabilities: ``old_logprobs`` or ``infer_logprobs``.
     """
-    parts = [_log_ratio(t, teacher, source) for t in trajectories if teacher in t.teacher_scores]
+    parts = [_log_ratio(t, name, source) for t in trajectories for name in t.teachers if teacher in (None, name)]
     return _mean(parts)
 
 

@@ -142,7 +142,10 @@ class TeacherPool:
     def _pick(self, teacher: Teacher, tried: set[int]) -> int:
         alive = [i for i, r in enumerate(teacher.replicas) if not r.dead]
         if not alive:
-            raise TeacherError(f"teacher {teacher.name!r}: no replica is left; last failure: {teacher.last_failure}")
+            raise TeacherError(
+                f"teacher {teacher.name!r}: no replica is left, its last process died; last failure: "
+                f"{teacher.last_failure}"
+            )
         fresh = [i for i in alive if i not in tried] or alive
         return min(fresh, key=lambda i: (teacher.replicas[i].tokens, i))
 

@@ -126,8 +126,8 @@ def validation_metrics(samples: list[Trajectory], sampling: Sampling) -> dict[st
     if not sampling.truncates:
         for name in names:
             metrics[f"reverse_kl/teacher/{name}"] = reverse_kl(samples, name, "infer_logprobs")
-        if len(names) == 1:
-            metrics["reverse_kl"] = metrics[f"reverse_kl/teacher/{names[0]}"]
+        if names:
+            metrics["reverse_kl"] = reverse_kl(samples, None, "infer_logprobs")
     metrics["num_samples"] = float(len(samples))
     metrics["response_length"] = sum(t.response_length for t in samples) / len(samples)
     metrics["truncated"] = sum(t.finish_reason == "length" for t in samples) / len(samples)
