@@ -55,3 +55,7 @@ class WorkerError(RollOPDError):
 
 class GenerationError(RollOPDError):
     """The student's generation engine returned something that cannot be trained on, or stopped answering."""
+
+
+class EngineDiedError(GenerationError):
+    """An inference engine's process is gone, while the worker that owns it lives and can start another one."""

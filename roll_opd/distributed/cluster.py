@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from roll_opd.configs.worker_config import WorkerConfig
+from roll_opd.distributed.layout import Layout, layout_of
 from roll_opd.distributed.placement import Placement
 from roll_opd.distributed.process_spec import ProcessSpec, thread_environment
 from roll_opd.distributed.runtime import LOOPBACK, get
 
 logger = logging.getLogger(__name__)
+
+SHARDED_SCORERS = ("fsdp2_infer", "megatron_infer")
+"""Scoring backends whose ranks hold one model together; the ranks of the others hold one each."""
+
+
+@dataclass(frozen=True)
+class Replica:
+    """Workers that hold one copy of a model together and answer as one: they get every call in the same order."""
+
+    workers: tuple[Any, ...]
+    layout: Layout
+
+    @classmethod
+    def alone(cls, worker: Any) -> Replica:
+        """One worker with a whole copy."""
+        return cls((worker,), Layout.data_parallel(1))
 
 
 class Cluster:
@@ -48,6 +67,8 @@ class Cluster:
         self.config = config
         self.timeout = timeout
         self.workers: list[Any] = []
+        # A role without a model, a reward, has as many shares as processes.
+        self.layout = layout_of(config) if config.strategy_args else Layout.data_parallel(config.world_size or 1)
         slots = placement.slots(config, threads)
         environment = thread_environment(threads) | {
             k: str(v) for k, v in {**system_envs, **config.system_envs}.items()
@@ -83,6 +104,23 @@ class Cluster:
         """Call ``method`` on every worker with its own arguments and wait for all."""
         refs = [getattr(w, method).remote(*args) for w, args in zip(self.workers, per_worker, strict=True)]
         return self.wait(refs, method)
+
+    def call_shares(self, method: str, shares: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call ``method`` on every worker with the arguments of its data-parallel rank; return one answer for each."""
+        answers = self.call_each(method, [shares[dp] for dp in self.layout.dp_ranks])
+        return [answers[rank] for rank in self.layout.answers]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the workers of this scoring role hold one model together."""
+        return self.config.strategy_args is not None and self.config.strategy_args.strategy_name in SHARDED_SCORERS
+
+    @property
+    def replicas(self) -> list[Replica]:
+        """The copies of the model that a scoring role has."""
+        if self.is_sharded:
+            return [Replica(tuple(self.workers), self.layout)]
+        return [Replica.alone(worker) for worker in self.workers]
 
     def wait(self, refs: Any, method: str) -> Any:
         """Wait for answers to ``method``, no longer than the run's ``rpc_timeout``."""

@@ -12,6 +12,7 @@ from roll_opd.configs.loader import LoadedConfig
 from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.configs.worker_config import TeacherArguments, TeacherConfig, WorkerConfig
 from roll_opd.distributed.cluster import Cluster
+from roll_opd.distributed.layout import layout_of
 from roll_opd.distributed.placement import Placement, cpu_threads, usable_cores
 from roll_opd.distributed.runtime import get
 from roll_opd.distributed.strategy.base import SAMPLED_ONLY, ScoreWant
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 def updates_per_step(config: PipelineConfig, trained: WorkerConfig) -> int:
     """Optimizer steps that one pipeline step makes of the role ``trained``."""
     trajectories = config.rollout_batch_size * config.num_return_sequences_in_group
-    size = mini_batch_size(trained, trained.world_size or 1)
+    size = mini_batch_size(trained, layout_of(trained).dp_size)
     return config.ppo_epochs * -(-trajectories // size)
 
 
@@ -113,7 +114,7 @@ class RoleClusters:
         logger.info("threads per process: %s", ", ".join(f"{role} {n}" for role, n in threads.items()))
         self._setup()
         self.teacher_pool = TeacherPool(
-            {name: (self.scorer_configs[name], c.workers) for name, c in self.scorers.items()},
+            {name: (self.scorer_configs[name], c.replicas) for name, c in self.scorers.items()},
             dict.fromkeys(config.teachers, want_of(config)),
         )
         self.reward_pool = RewardPool(

@@ -52,8 +52,8 @@ class Student:
     def scored(self, trajectories: list[Trajectory]) -> list[Trajectory]:
         """Add ``old_logprobs`` and entropies from a trainer forward."""
         requests = [ScoreRequest(t.id, t.tokens, t.response_mask) for t in trajectories]
-        shares = rank_shares(requests, len(self.cluster))
-        results: list[ScoreResult] = undeal(self.cluster.call_each("score", [(share,) for share in shares]))
+        shares = rank_shares(requests, self.cluster.layout.dp_size)
+        results: list[ScoreResult] = undeal(self.cluster.call_shares("score", [(share,) for share in shares]))
         out = []
         for trajectory, request, result in zip(trajectories, requests, results, strict=True):
             assert result.checksum == request.checksum, f"scores of {result.id} for {trajectory.id}"
@@ -68,18 +68,19 @@ class Student:
         for trajectory in trajectories:
             assert trajectory.id not in seen, f"trajectory {trajectory.id} twice in one batch"
             seen.add(trajectory.id)
-        size = mini_batch_size(config.actor_train, len(cluster))
+        ranks = cluster.layout.dp_size
+        size = mini_batch_size(config.actor_train, ranks)
         limit = config.response_length or 1
         updates: list[dict[str, float]] = []
         steps = [
-            micro_batches(mini_batch, config.actor_train, len(cluster), config.loss_agg_mode, limit)
+            micro_batches(mini_batch, config.actor_train, ranks, config.loss_agg_mode, limit)
             for mini_batch in mini_batches(trajectories, size)
         ]
         if self.details_wanted:
             self._fetch_details(steps)
         for _ in range(config.ppo_epochs):
-            for ranks in steps:
-                updates.append(_update_metrics(cluster.call_each("train_step", [(r, self.loss) for r in ranks])))
+            for shares in steps:
+                updates.append(_update_metrics(cluster.call_shares("train_step", [(s, self.loss) for s in shares])))
         if self.details_wanted:
             cluster.call_all("fetch_details", {})  # lets go of them
         return {name: float(np.mean([u[name] for u in updates])) for name in updates[0]} | {
@@ -93,7 +94,7 @@ class Student:
 
     def _fetch_details(self, steps: list[list[list[list[TrainItem]]]]) -> None:
         """Have each rank get the teachers' top-k tables or hidden states that its items need; score lost ones again."""
-        needed: list[dict[DetailsKey, list[Any]]] = [{} for _ in range(len(self.cluster))]
+        needed: list[dict[DetailsKey, list[Any]]] = [{} for _ in range(self.cluster.layout.dp_size)]
         by_id: dict[TrajectoryId, Trajectory] = {}
         for ranks in steps:
             for refs, rows in zip(needed, ranks, strict=True):
@@ -102,7 +103,9 @@ class Student:
                     for name in trajectory.divergence_weights:
                         refs[trajectory.id, name] = [trajectory.teacher_scores[name].details]
         for _ in range(2):
-            answers: list[list[DetailsKey]] = self.cluster.call_each("fetch_details", [(refs,) for refs in needed])
+            # Every rank fetches for itself, so each may miss something else than its data-parallel peers.
+            calls = [(needed[dp],) for dp in self.cluster.layout.dp_ranks]
+            answers: list[list[DetailsKey]] = self.cluster.call_each("fetch_details", calls)
             lost = {key for keys in answers for key in keys}
             if not lost:
                 return

@@ -15,19 +15,21 @@ import numpy as np
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from roll_opd.configs.worker_config import TeacherConfig
+from roll_opd.distributed.cluster import Replica
 from roll_opd.distributed.runtime import user_error
 from roll_opd.distributed.strategy.base import SAMPLED_ONLY, ScoreRequest, ScoreResult, ScoreWant
 from roll_opd.errors import RollOPDError, TeacherError
+from roll_opd.pipeline.batching import rank_shares, undeal
 from roll_opd.trajectory import TeacherScores, Trajectory, check_per_token
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Replica:
-    """One worker of a teacher and how many tokens it has been asked for."""
+class Load:
+    """One replica of a teacher and how many tokens it has been asked for."""
 
-    worker: Any
+    replica: Replica
     tokens: int = 0
     dead: bool = False
 
@@ -38,7 +40,7 @@ class Teacher:
 
     name: str
     config: TeacherConfig
-    replicas: list[Replica]
+    replicas: list[Load]
     want: ScoreWant = SAMPLED_ONLY
     failures: int = 0
     last_failure: str = ""
@@ -53,19 +55,19 @@ class TeacherPool:
     """Scores trajectories by every teacher that covers them.
 
     Args:
-        teachers: name -> (config, worker handles).
+        teachers: name -> (config, replicas).
         wants: name -> what to ask for besides the sampled token's log-probability.
     """
 
     def __init__(
         self,
-        teachers: Mapping[str, tuple[TeacherConfig, Sequence[Any]]],
+        teachers: Mapping[str, tuple[TeacherConfig, Sequence[Replica]]],
         wants: Mapping[str, ScoreWant] | None = None,
     ) -> None:
         wants = wants or {}
         self.teachers = {
-            name: Teacher(name, config, [Replica(w) for w in workers], wants.get(name, SAMPLED_ONLY))
-            for name, (config, workers) in teachers.items()
+            name: Teacher(name, config, [Load(r) for r in replicas], wants.get(name, SAMPLED_ONLY))
+            for name, (config, replicas) in teachers.items()
         }
 
     def route(self, tag: str) -> list[str]:
@@ -110,12 +112,12 @@ class TeacherPool:
         tried: set[int] = set()
         for _ in range(teacher.config.max_retries + 1):
             index = self._pick(teacher, tried)
-            replica = teacher.replicas[index]
+            load = teacher.replicas[index]
             tried.add(index)
-            replica.tokens += tokens
+            load.tokens += tokens
             try:
-                answer, details = _ask(replica.worker, requests, want)
-                results = await asyncio.wait_for(_resolve(answer), teacher.config.request_timeout)
+                answers, details = _ask(load.replica, requests, want)
+                results = await asyncio.wait_for(_results(load.replica, answers), teacher.config.request_timeout)
                 triples = zip(trajectories, requests, results, strict=True)
                 scores = [accept(t, q, r) for t, q, r in triples]
                 return [replace(s, details=d) for s, d in zip(scores, details, strict=True)]
@@ -123,17 +125,17 @@ class TeacherPool:
                 if isinstance(error, RayTaskError) and isinstance(user_error(error), RollOPDError):
                     raise user_error(error) from error
                 # An actor that is only unreachable for now may come back; one that died does not.
-                replica.dead = isinstance(error, RayActorError) and not isinstance(error, ActorUnavailableError)
+                load.dead = isinstance(error, RayActorError) and not isinstance(error, ActorUnavailableError)
                 reason = error.cause if isinstance(error, RayTaskError) else str(error).strip().splitlines()[0]
                 self._failed(teacher, index, f"{type(error).__name__}: {reason}")
             except TimeoutError:
                 # The request is still being worked on: its load stays counted, so that others go elsewhere first.
-                replica.tokens += tokens
+                load.tokens += tokens
                 self._failed(teacher, index, f"no answer within {teacher.config.request_timeout:.0f} s")
             except ValueError as error:
                 self._failed(teacher, index, f"unusable scores: {error}")
             finally:
-                replica.tokens -= tokens
+                load.tokens -= tokens
         attempts = teacher.config.max_retries + 1
         raise TeacherError(
             f"teacher {teacher.name!r}: {attempts} attempts at one request failed; last: {teacher.last_failure}"
@@ -160,17 +162,29 @@ class TeacherPool:
             )
 
 
-def _ask(worker: Any, requests: list[ScoreRequest], want: ScoreWant) -> tuple[Any, Sequence[Any]]:
-    """Send requests; return the reference of the results and one of each sequence's details (None: none wanted)."""
-    if not want.details:
-        return worker.score.remote(requests), [None] * len(requests)
-    call = worker.score_with_details.options(num_returns=1 + len(requests))
-    answer, *details = call.remote(requests, want)
-    return answer, details
+def _ask(replica: Replica, requests: list[ScoreRequest], want: ScoreWant) -> tuple[list[Any], Sequence[Any]]:
+    """Send each rank its share; return every rank's reference, and one of each sequence's details (None: none wanted)."""
+    layout = replica.layout
+    shares = rank_shares(requests, layout.dp_size)
+    answers: list[Any] = []
+    details: list[Sequence[Any]] = []
+    for worker, dp in zip(replica.workers, layout.dp_ranks, strict=True):
+        share = shares[dp]
+        if want.details and share:
+            call = worker.score_with_details.options(num_returns=1 + len(share))
+            answer, *parts = call.remote(share, want)
+        else:
+            # A rank without a share takes part all the same: the ranks of a replica compute together.
+            answer, parts = worker.score.remote(share), [None] * len(share)
+        answers.append(answer)
+        details.append(parts)
+    return answers, undeal([details[rank] for rank in layout.answers])
 
 
-async def _resolve(ref: Any) -> list[ScoreResult]:
-    return await ref
+async def _results(replica: Replica, answers: list[Any]) -> list[ScoreResult]:
+    """Wait for all ranks, so that the failure of any is noticed; those that answer speak for the others."""
+    values = await asyncio.gather(*answers)
+    return undeal([values[rank] for rank in replica.layout.answers])
 
 
 def request_for(trajectory: Trajectory, teacher: str, want: ScoreWant = SAMPLED_ONLY) -> ScoreRequest:

@@ -203,7 +203,7 @@ def taught(teacher, items: list[Trajectory], want) -> list[Trajectory]:
     from roll_opd.pipeline.teacher_pool import TeacherPool
 
     config, started = teacher
-    pool = TeacherPool({"t": (config, started.workers)}, {"t": want})
+    pool = TeacherPool({"t": (config, started.replicas)}, {"t": want})
     random = np.random.default_rng(3)
     items = [
         dataclasses.replace(

@@ -173,15 +173,39 @@ class TrainItem:
 
 
 @runtime_checkable
-class GenerateStrategy(Protocol):
+class Resident(Protocol):
+    """What can leave its device, so that a role that shares the device has room."""
+
+    def offload(self, keep_weights: bool = False) -> None:
+        """Move everything to host memory, or everything but the weights; idempotent.
+
+        What comes back with the next weight update need not be kept at all.
+        """
+        ...
+
+    def onload(self, weights_only: bool = False) -> None:
+        """Undo :meth:`offload`, or bring the weights alone, as a weight update needs them; idempotent."""
+        ...
+
+
+@runtime_checkable
+class GenerateStrategy(Resident, Protocol):
     """Samples responses."""
 
     def generate(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[GenerateResult]:
-        """Yield results as sequences finish.
+        """Yield results as sequences finish. Closing the iterator aborts what has not finished.
 
         The requests come as one sorted list, so that an engine that forms its own batches forms the same ones when
         a run is repeated.
+
+        Raises:
+            EngineDiedError: the engine is gone; what was yielded before stands, the rest is to be asked for again once
+                :meth:`restart` and a weight update have brought an engine back.
         """
+        ...
+
+    def restart(self) -> None:
+        """Replace a dead engine. The new one does not serve before a weight update has finished."""
         ...
 
     def weight_dtype(self) -> str:
@@ -189,7 +213,11 @@ class GenerateStrategy(Protocol):
         ...
 
     def begin_weight_update(self, version: int, mix: float = 1.0) -> None:
-        """Stop serving until :meth:`finish_weight_update`; ``mix`` is the new weights' share in what is then held."""
+        """Stop serving until :meth:`finish_weight_update`; ``mix`` is the new weights' share in what is then held.
+
+        A backend may wait for the responses in flight, or interrupt them: their later tokens are then sampled with the
+        new weights, and their ``weight_version`` says where that begins.
+        """
         ...
 
     def load_weights(self, bucket: WeightBucket) -> dict[str, int]:
@@ -202,7 +230,7 @@ class GenerateStrategy(Protocol):
 
 
 @runtime_checkable
-class ScoreStrategy(Protocol):
+class ScoreStrategy(Resident, Protocol):
     """Gives token log-probabilities of given sequences."""
 
     def score(self, requests: Sequence[ScoreRequest], want: ScoreWant = SAMPLED_ONLY) -> list[ScoreResult]:
@@ -223,8 +251,12 @@ class ScoreStrategy(Protocol):
 
 
 @runtime_checkable
-class TrainStrategy(Protocol):
-    """Trains a model across ranks. All ranks call every method together."""
+class TrainStrategy(Resident, Protocol):
+    """Trains a model across ranks. All ranks call every method together.
+
+    Ranks that share a data-parallel rank (see :class:`~roll_opd.distributed.layout.Layout`) get the same requests and
+    items; which of them answers, the layout says.
+    """
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
         """Score this rank's ``requests``; ranks with fewer take part with empty rows."""

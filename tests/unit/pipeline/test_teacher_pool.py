@@ -11,13 +11,19 @@ import pytest
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from roll_opd.configs.worker_config import TeacherConfig
+from roll_opd.distributed.cluster import Replica
+from roll_opd.distributed.layout import Layout
 from roll_opd.distributed.strategy.base import ScoreWant
 from roll_opd.errors import ModelError, TeacherError
 from roll_opd.pipeline.teacher_pool import TeacherPool, accept, request_for
 
 
+def alone(*workers) -> list[Replica]:
+    return [Replica.alone(worker) for worker in workers]
+
+
 def pool_of(*workers, **settings) -> TeacherPool:
-    return TeacherPool({"default": (TeacherConfig(**settings), workers)})
+    return TeacherPool({"default": (TeacherConfig(**settings), alone(*workers))})
 
 
 def score(pool: TeacherPool, trajectories):
@@ -52,9 +58,9 @@ def test_routing_by_tag(fakes) -> None:
     workers = {name: fakes.ScoringWorker() for name in ("math", "code", "all")}
     pool = TeacherPool(
         {
-            "math": (TeacherConfig(tag_included=["math"]), [workers["math"]]),
-            "code": (TeacherConfig(tag_included=["code", "sql"]), [workers["code"]]),
-            "all": (TeacherConfig(), [workers["all"]]),
+            "math": (TeacherConfig(tag_included=["math"]), alone(workers["math"])),
+            "code": (TeacherConfig(tag_included=["code", "sql"]), alone(workers["code"])),
+            "all": (TeacherConfig(), alone(workers["all"])),
         }
     )
     assert pool.route("math") == ["math", "all"]
@@ -249,7 +255,7 @@ def test_details_stay_references_beside_their_sequence(fakes) -> None:
     good = DetailsWorker("good", fakes.good_scores)
     want = ScoreWant(hidden=True)
     pool = TeacherPool(
-        {"a": (TeacherConfig(), [bad, good]), "b": (TeacherConfig(), [fakes.ScoringWorker()])}, {"a": want}
+        {"a": (TeacherConfig(), alone(bad, good)), "b": (TeacherConfig(), alone(fakes.ScoringWorker()))}, {"a": want}
     )
     batch = [fakes.trajectory(i) for i in (3, 1, 2)]
     out = score(pool, batch)
@@ -279,7 +285,7 @@ def test_retries_are_bounded_and_the_teacher_is_named(fakes) -> None:
 def test_the_failure_budget_stops_the_run_and_names_the_teacher(fakes) -> None:
     flaky = [bad_answers(fakes.good_scores)["nan"], fakes.good_scores] * 5
     worker = fakes.ScoringWorker(*flaky)
-    pool = TeacherPool({"maths": (TeacherConfig(failure_budget=2), [worker])})
+    pool = TeacherPool({"maths": (TeacherConfig(failure_budget=2), alone(worker))})
     batch = [fakes.trajectory(1)]
     for _ in range(2):  # two failures are within the budget
         check_scores(score(pool, batch), batch, "maths")
@@ -323,3 +329,25 @@ def test_a_lost_answer_is_asked_for_again(fakes) -> None:
     worker = fakes.ScoringWorker(ObjectLostError("00" * 28, None, ""), fakes.good_scores)
     batch = [fakes.trajectory(1)]
     check_scores(score(pool_of(worker), batch), batch)
+
+
+def test_ranks_that_hold_a_model_together_get_shares_and_answer_as_one(fakes) -> None:
+    # Tensor-parallel 2, data-parallel 2: ranks 0 and 1 see the even requests, 2 and 3 the odd ones; 0 and 2 answer.
+    layout = Layout.megatron(4, tensor=2, pipeline=1)
+    workers = tuple(fakes.ScoringWorker(*([] if rank in (0, 2) else [lambda requests: []])) for rank in range(4))
+    pool = TeacherPool({"default": (TeacherConfig(), [Replica(workers, layout)])})
+    batch = [fakes.trajectory(i, response=2 + i) for i in range(3)]
+    check_scores(score(pool, batch), batch)
+    assert [[r.id.draw for r in w.calls[0]] for w in workers] == [[0, 2], [0, 2], [1], [1]]
+    # One sequence: the second data-parallel rank is called all the same, the ranks compute together.
+    check_scores(score(pool, batch[:1]), batch[:1])
+    assert workers[2].calls[-1] == []
+
+
+def test_a_replica_is_dead_when_any_of_its_ranks_is(fakes) -> None:
+    dead = fakes.ScoringWorker(RayActorError())
+    pool = TeacherPool(
+        {"default": (TeacherConfig(), [Replica((fakes.ScoringWorker(), dead), Layout.data_parallel(2))])}
+    )
+    with pytest.raises(TeacherError, match="no replica is left"):
+        score(pool, [fakes.trajectory(0), fakes.trajectory(1)])

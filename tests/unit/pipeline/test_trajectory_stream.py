@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from roll_opd.configs.worker_config import RewardConfig, TeacherConfig
 from roll_opd.datasets.prompts import Prompt
 from roll_opd.datasets.rows import Row
+from roll_opd.distributed.cluster import Replica
 from roll_opd.distributed.strategy.base import GenerateRequest, GenerateResult, Sampling
 from roll_opd.errors import GenerationError, TeacherError
 from roll_opd.pipeline.reward_pool import RewardPool
@@ -351,7 +352,7 @@ def test_an_error_of_a_filter_is_raised_by_collect(make_stream) -> None:
 
 def test_a_context_reaches_its_teacher_and_the_scores_come_back_to_the_students_tokens(make_stream, fakes) -> None:
     workers = {name: fakes.ScoringWorker() for name in ("plain", "privileged")}
-    pool = TeacherPool({name: (TeacherConfig(infer_batch_size=100), [w]) for name, w in workers.items()})
+    pool = TeacherPool({name: (TeacherConfig(infer_batch_size=100), [Replica.alone(w)]) for name, w in workers.items()})
 
     def contexts(p: Prompt) -> dict[str, tuple[int, ...]]:
         return {"privileged": (500, 501, 502, 503, *p.token_ids)}
