@@ -3,18 +3,24 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.runtime
+ENGINES := $(VENV)/.engines
 DEV := $(VENV)/.dev
 TRL_VENV := .venv-trl
 
-.PHONY: help install quickstart test test-long test-trl check format clean
+QUICKSTART := PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart/run_onpolicy_distill_pipeline.sh
+
+.PHONY: help install install-engines quickstart quickstart-vllm quickstart-megatron test test-long test-trl check format clean
 
 help:
 	@echo "make quickstart   distil a tiny student on this machine (a few minutes, no GPU)"
+	@echo "make quickstart-vllm, make quickstart-megatron"
+	@echo "                  the same, the student sampled by vLLM or trained by Megatron-core (tensor parallel 2)"
 	@echo "make test         the test suite"
 	@echo "make check        ruff and mypy"
 	@echo "make test-long    slow soaks and run-to-run variation"
 	@echo "make test-trl     compare the divergences with TRL, installed into $(TRL_VENV)"
 	@echo "make install      only make $(VENV)"
+	@echo "make install-engines  ... with vLLM (CPU build) and Megatron-core"
 
 $(RUNTIME): requirements.txt setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -22,7 +28,12 @@ $(RUNTIME): requirements.txt setup.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-$(DEV): $(RUNTIME) requirements-dev.txt
+# --no-deps: see the head of the file.
+$(ENGINES): $(RUNTIME) requirements-engines.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-engines.txt
+	@touch $@
+
+$(DEV): $(ENGINES) requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
@@ -35,8 +46,17 @@ $(TRL_VENV)/.ready: requirements-trl.txt
 
 install: $(RUNTIME)
 
+install-engines: $(ENGINES)
+
 quickstart: $(RUNTIME)
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart/run_onpolicy_distill_pipeline.sh
+	$(QUICKSTART)
+
+quickstart-vllm: $(ENGINES)
+	$(QUICKSTART) output_dir=./output/quickstart-vllm student_infer.strategy_args.strategy_name=vllm
+
+quickstart-megatron: $(ENGINES)
+	$(QUICKSTART) output_dir=./output/quickstart-megatron student_train.strategy_args.strategy_name=megatron_train \
+	    +student_train.strategy_args.strategy_config.tensor_model_parallel_size=2 student_train.world_size=2
 
 test: $(DEV)
 	$(BIN)/python -m pytest -m "not long"

@@ -46,7 +46,18 @@ from roll_opd.algorithms.head_divergence import (
     full_divergence,
     set_divergence,
 )
-from roll_opd.algorithms.projection import CHUNK_TOKENS, Buffers, Head, fill_logits, row_dot, sum_dtype
+from roll_opd.algorithms.projection import (
+    CHUNK_TOKENS,
+    Buffers,
+    Head,
+    HeldIds,
+    VocabShard,
+    check_ids,
+    fill_logits,
+    log_softmax,
+    row_dot,
+    sum_dtype,
+)
 from roll_opd.algorithms.support import support_scores, tail_logprob
 
 __all__ = [
@@ -55,6 +66,7 @@ __all__ = [
     "Head",
     "HeadOutputs",
     "SupportTarget",
+    "VocabShard",
     "head_outputs",
     "support_scores",
     "tail_logprob",
@@ -106,9 +118,20 @@ def head_outputs(
     if hidden_nH.shape[0] != targets_n.shape[0]:
         raise ValueError(f"{hidden_nH.shape[0]} hidden states for {targets_n.shape[0]} targets")
     for target in divergences:
-        check(target, len(targets_n), len(head.weight_VH))
+        check(target, len(targets_n), head)
+    check_ids(targets_n, head.total, "the targets")
+    chunk_tokens *= head.shard.ranks
     covers = tuple(Cover(t.rows_m, len(targets_n), chunk_tokens) for t in divergences)
-    job = _Job(head.soft_cap, targets_n, tuple(divergences), covers, chunk_tokens, torch.is_grad_enabled())
+    job = _Job(
+        head.soft_cap,
+        head.vocab_size,
+        head.shard,
+        targets_n,
+        tuple(divergences),
+        covers,
+        chunk_tokens,
+        torch.is_grad_enabled(),
+    )
     logprobs, entropy, *values = _HeadFunction.apply(hidden_nH, head.weight_VH, head.bias_V, job)
     return HeadOutputs(logprobs, entropy, tuple(values))
 
@@ -119,11 +142,17 @@ def head_outputs(
 @dataclass(frozen=True)
 class _Job:
     soft_cap: float | None
+    vocab_size: int | None
+    shard: VocabShard
     targets_n: Tensor
     divergences: tuple[FullTarget | SupportTarget, ...]
     covers: tuple[Cover, ...]
     chunk_tokens: int
     grad_enabled: bool
+
+    def head(self, weight: Tensor, bias: Tensor | None) -> Head:
+        """Return the student's head; its tensors are kept by autograd, not here."""
+        return Head(weight, bias, self.soft_cap, self.vocab_size, self.shard)
 
     def chunks(self) -> list[slice]:
         n = len(self.targets_n)
@@ -171,23 +200,25 @@ class _Upstream:
 class _Gradients:
     """Sums over the chunks, those of the head in full precision: hidden states', weight's and bias' gradient."""
 
-    def __init__(self, upstream: _Upstream, inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> None:
+    def __init__(self, upstream: _Upstream, hidden: Tensor, head: Head, wanted: Sequence[bool]) -> None:
+        inputs = hidden, head.weight_VH, head.bias_V
         self.upstream = upstream
-        hidden, weight, bias = (x if wants else None for x, wants in zip(inputs, wanted, strict=True))
+        self._rows = slice(head.rows)
         self._dtypes = [None if x is None else x.dtype for x in inputs]
-        self._hidden = None if hidden is None else torch.empty_like(hidden)
-        self._weight = None if weight is None else torch.zeros_like(weight, dtype=sum_dtype(weight))
-        self._bias = None if bias is None else torch.zeros_like(bias, dtype=sum_dtype(bias))
+        of_hidden, of_weight, of_bias = (x if wants else None for x, wants in zip(inputs, wanted, strict=True))
+        self._hidden = None if of_hidden is None else torch.empty_like(of_hidden)
+        self._weight = None if of_weight is None else torch.zeros_like(of_weight, dtype=sum_dtype(of_weight))
+        self._bias = None if of_bias is None else torch.zeros_like(of_bias, dtype=sum_dtype(of_bias))
 
     def add(self, chunk: slice, grad_cV: Tensor, hidden_cH: Tensor, weight_VH: Tensor) -> None:
         """Add what the derivative by a chunk's logits gives."""
         if self._bias is not None:
-            self._bias.add_(grad_cV.sum(dim=0))
+            self._bias[self._rows].add_(grad_cV.sum(dim=0))
         grad_cV = grad_cV.to(hidden_cH.dtype)
         if self._hidden is not None:
-            self._hidden[chunk] = grad_cV @ weight_VH
+            self._hidden[chunk] = grad_cV @ weight_VH[self._rows]
         if self._weight is not None:
-            _add_product(self._weight, grad_cV, hidden_cH)
+            _add_product(self._weight[self._rows], grad_cV, hidden_cH)
 
     def times(self, factor: float) -> tuple[Tensor | None, ...]:
         """Return the sums, multiplied by ``factor``, in the dtypes of the inputs. They are given away: call it once."""
@@ -215,7 +246,8 @@ def _walk(
     job: _Job, hidden: Tensor, head: Head, saved: _Saved, outputs: HeadOutputs | None, gradients: _Gradients | None
 ) -> None:
     """Go through the chunks once. With ``outputs``, fill in these and ``saved``; with ``gradients``, add to them."""
-    buffers = Buffers(min(job.chunk_tokens, len(job.targets_n)), len(head.weight_VH), hidden)
+    buffers = Buffers(min(job.chunk_tokens, len(job.targets_n)), head.rows, hidden)
+    targets = HeldIds.of(job.targets_n[:, None], head.shard.first, head.rows)
     fill = outputs is not None
     upstream = _Upstream(None, None, (None,) * len(job.divergences)) if gradients is None else gradients.upstream
     for chunk in job.chunks():
@@ -224,13 +256,13 @@ def _walk(
         slope = None
         if gradients is not None and head.soft_cap is not None:
             slope = torch.div(lp, head.soft_cap, out=buffers("slope", size)).square_().neg_().add_(1.0)
-        torch.log_softmax(lp, dim=-1, out=lp)
+        log_softmax(lp, head.shard, buffers, "p")
         p = torch.exp(lp, out=buffers("p", size))
         grad = buffers("grad", size)
         if outputs is not None:
-            outputs.logprobs_n[chunk] = lp.gather(-1, job.targets_n[chunk, None]).squeeze(-1)
+            outputs.logprobs_n[chunk] = targets[chunk].take(lp).squeeze(-1)
             outputs.entropy_n[chunk] = -row_dot(p, lp, grad)
-        state = Chunk(lp, p, buffers)
+        state = Chunk(lp, p, head, buffers)
         empty = True
         for i, target in enumerate(job.divergences):
             part, d_value_n = job.covers[i].part(chunk), upstream.divergences[i]
@@ -259,12 +291,24 @@ def _walk(
             grad.zero_()
         if upstream.logprobs is not None:
             grad.addcmul_(p, -upstream.logprobs[chunk, None])
-            grad.scatter_add_(1, job.targets_n[chunk, None], upstream.logprobs[chunk, None])
+            targets[chunk].add(grad, upstream.logprobs[chunk, None])
         if upstream.entropy is not None:
             grad.sub_(lp.add_(saved.entropy[chunk, None]).mul_(p).mul_(upstream.entropy[chunk, None]))
         if slope is not None:
             grad.mul_(slope)
         gradients.add(chunk, grad, hidden[chunk], head.weight_VH)
+    if outputs is not None:
+        _add_up(outputs, job.divergences, head.shard)
+
+
+def _add_up(outputs: HeadOutputs, divergences: Sequence[FullTarget | SupportTarget], shard: VocabShard) -> None:
+    """Replace what are sums over this shard's ids by those over all, at one go for all tokens."""
+    full = [x for x, target in zip(outputs.divergences, divergences, strict=True) if isinstance(target, FullTarget)]
+    parts = [outputs.logprobs_n, outputs.entropy_n, *full]
+    for part, total in zip(parts, shard.sum(torch.stack(parts)), strict=True):
+        part.copy_(total)
+    for value in full:
+        value.clamp_(min=0.0)  # its rounding error is negative where the two agree
 
 
 class _HeadFunction(torch.autograd.Function):
@@ -282,8 +326,9 @@ class _HeadFunction(torch.autograd.Function):
         has_tail = [isinstance(t, SupportTarget) and t.tail_m is not None for t in job.divergences]
         saved = _Saved(outputs.entropy_n, tuple(numbers() if has else None for has in has_tail))
         announced = job.announced(dtype) if job.grad_enabled and any(wanted) else None
-        ahead = None if announced is None else _Gradients(announced, (hidden, weight, bias), wanted)
-        _walk(job, hidden, Head(weight, bias, job.soft_cap), saved, outputs, ahead)
+        head = job.head(weight, bias)
+        ahead = None if announced is None else _Gradients(announced, hidden, head, wanted)
+        _walk(job, hidden, head, saved, outputs, ahead)
         ctx.job, ctx.ahead = job, ahead
         ctx.save_for_backward(hidden, weight, bias, saved.entropy, *saved.tails)
         return outputs.logprobs_n, outputs.entropy_n, *outputs.divergences
@@ -297,12 +342,14 @@ class _HeadFunction(torch.autograd.Function):
         ctx.ahead = None
         if ahead is not None:
             factor = true.multiple_of(ahead.upstream)
-            if factor is not None:
+            # One answer for all shards: those that make the gradient again wait for each other.
+            if ctx.job.shard.all(factor is not None, ctx.job.targets_n.device) and factor is not None:
                 return *ahead.times(factor), None
             del ahead
         hidden, weight, bias, entropy, *tails = ctx.saved_tensors
-        again = _Gradients(true, (hidden, weight, bias), ctx.needs_input_grad[:3])
-        _walk(ctx.job, hidden, Head(weight, bias, ctx.job.soft_cap), _Saved(entropy, tuple(tails)), None, again)
+        head = ctx.job.head(weight, bias)
+        again = _Gradients(true, hidden, head, ctx.needs_input_grad[:3])
+        _walk(ctx.job, hidden, head, _Saved(entropy, tuple(tails)), None, again)
         return *again.times(1.0), None
 
 

@@ -55,16 +55,19 @@ class SupportTarget:
     weights_m: Tensor | None = None
 
 
-def check(target: FullTarget | SupportTarget, n: int, vocab: int) -> None:
-    """Refuse with ``ValueError`` what does not fit together, or ``n`` tokens and a student of ``vocab`` ids."""
+def check(target: FullTarget | SupportTarget, n: int, head: Head) -> None:
+    """Refuse with ``ValueError`` what does not fit together, or ``n`` tokens and the student's ``head``."""
     if target.divergence not in DIVERGENCES:
         raise ValueError(f"unknown divergence {target.divergence!r}; one of {', '.join(DIVERGENCES)}")
     if not 0.0 < target.jsd_beta < 1.0:
         raise ValueError(f"jsd_beta is {target.jsd_beta}, must lie between 0 and 1, both excluded")
     if isinstance(target, FullTarget):
         covered = len(target.hidden_mH)
-        if len(target.head.weight_VH) != vocab:
-            raise ValueError(f"the teacher's head has {len(target.head.weight_VH)} rows, the student's {vocab}")
+        if target.head.total != head.total:
+            raise ValueError(f"the teacher's head has {target.head.total} rows, the student's {head.total}")
+        teacher, student = ((h.shard.ranks, h.shard.first, h.rows) for h in (target.head, head))
+        if teacher != student:
+            raise ValueError(f"the teacher's head is cut into (ranks, first, rows) {teacher}, the student's {student}")
     else:
         covered = len(target.ids_mK)
         ids, logprobs = tuple(target.ids_mK.shape), tuple(target.logprobs_mK.shape)
@@ -132,10 +135,11 @@ class Cover:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Student's log-probabilities and probabilities of some tokens."""
+    """Student's log-probabilities and probabilities of some tokens, for the ids that its head holds."""
 
     lp_cV: Tensor
     p_cV: Tensor
+    head: Head
     buffers: Buffers
 
     def lp(self, part: Part) -> Tensor:
@@ -150,21 +154,26 @@ class Chunk:
 def full_divergence(
     target: FullTarget, part: Part, chunk: Chunk, t: Tensor, upstream: Tensor | None, wants_value: bool
 ) -> Tensor | None:
-    """Return the divergence ``[c]`` if wanted; where there is an upstream, leave ``upstream * dD/dz`` in ``t``."""
-    fill_logprobs(target.hidden_mH[part.of_teacher], target.head, t)
+    """Return this shard's part of the divergence ``[c]`` if wanted, a sum over its ids.
+
+    Where there is an upstream, leave ``upstream * dD/dz`` in ``t``.
+    """
+    fill_logprobs(target.hidden_mH[part.of_teacher], target.head, t, chunk.buffers)
     p = chunk.p(part)
     value, total, factor = _full_score(target, chunk.lp(part), p, t, chunk.buffers, wants_value)
     if upstream is not None:
-        t.addcmul_(p, -total[:, None]).mul_((upstream * factor)[:, None])
-    return None if value is None else value.clamp_(min=0.0)  # its rounding error is negative where the two agree
+        t.sub_(p) if total is None else t.addcmul_(p, -target.head.shard.sum(total)[:, None])
+        t.mul_((upstream * factor)[:, None])
+    return value
 
 
 def _full_score(
     target: FullTarget, lp: Tensor, p: Tensor, t: Tensor, buffers: Buffers, wants_value: bool
-) -> tuple[Tensor | None, Tensor, float]:
+) -> tuple[Tensor | None, Tensor | None, float]:
     """Overwrite the teacher's log-probabilities ``t`` with the score ``s``, up to a factor and a multiple of ``p``.
 
-    Neither changes the gradient ``s - p sum s`` by more than the factor. Return value, ``sum t``, factor.
+    Neither changes the gradient ``s - p sum s`` by more than the factor. Return value, ``sum t`` and factor; the sums
+    are over the ids held. Where ``sum t`` over all ids is 1 by definition it is ``None``.
     """
     if target.divergence == "reverse_kl":
         total = torch.sub(lp, t, out=t).mul_(p).sum(dim=-1)
@@ -176,7 +185,7 @@ def _full_score(
             value = ratio.mul_(t.exp_()).sum(dim=-1)
         else:
             t.exp_()
-        return value, torch.ones_like(t[:, 0]), -1.0
+        return value, None, -1.0
     # With r = log q - log p: log p - log m = -u and log q - log m = r - u, where u = log(beta e^r + 1 - beta).
     beta = target.jsd_beta
     if wants_value:
@@ -203,9 +212,12 @@ def set_divergence(
     tail_n: Tensor | None,
     wants_value: bool,
 ) -> Tensor | None:
-    """As :func:`full_divergence`. ``tail_n`` is the student's mass outside, written with the value and else read."""
+    """As :func:`full_divergence`, but the value is that of all shards.
+
+    ``tail_n`` is the student's mass outside, written with the value and else read.
+    """
     lp = chunk.lp(part)
-    support = Support.of(target.ids_mK[part.of_teacher], lp.shape[-1])
+    support = Support.of(target.ids_mK[part.of_teacher], chunk.head.total, chunk.head.shard, chunk.head.rows)
     if tail_n is not None and wants_value:
         tail_n[part.at] = support.tail(lp, t)
     student = support.gather(lp)
@@ -233,8 +245,8 @@ def _set_gradient(
     if tail is not None:
         # Bounded, so that a tail that underflows in p is 0 * finite. It cannot be felt: p itself is below e^-80 there.
         outside = outside + score[:, -1] * torch.exp((-tail).clamp(max=80.0))
-    size = support.ids_cK.shape[-1]
+    size = support.valid_cK.shape[-1]
     inside = upstream[:, None] * (score[:, :size] - student[:, :size].exp() * total[:, None])
     torch.mul(p, (upstream * outside)[:, None], out=out)
     # The set is written over, not corrected: s_tail / T may be huge, and what it puts there would not cancel exactly.
-    out.view(-1)[support.flat] = inside[support.valid_cK]
+    out.view(-1)[support.flat] = inside[support.held.held_cK]

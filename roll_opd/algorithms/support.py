@@ -11,39 +11,52 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from roll_opd.algorithms.projection import CHUNK_TOKENS, Buffers, Head, fill_logprobs, logsumexp
+from roll_opd.algorithms.projection import (
+    CHUNK_TOKENS,
+    WHOLE,
+    Buffers,
+    Head,
+    HeldIds,
+    VocabShard,
+    check_ids,
+    fill_logprobs,
+    logsumexp,
+)
 
 
 @dataclass(frozen=True)
 class Support:
-    """Ids of a few rows, and where they lie in a flat ``[c * V]`` buffer."""
+    """Ids of a few rows, and where those of this shard lie in a flat ``[c * V]`` buffer."""
 
-    ids_cK: Tensor
     valid_cK: Tensor
+    held: HeldIds
     flat: Tensor
+    shard: VocabShard
 
     @classmethod
-    def of(cls, ids_cK: Tensor, vocab: int) -> Support:
-        """Take ids as they come; -1 is padding. ``ValueError``: an id beyond the vocabulary."""
-        valid = ids_cK >= 0
-        if ids_cK.numel() and int(ids_cK.max()) >= vocab:
-            raise ValueError(f"token id {int(ids_cK.max())} in a support, but the vocabulary has {vocab}")
-        ids = ids_cK.clamp(min=0)
-        flat = ids + torch.arange(len(ids), device=ids.device)[:, None] * vocab
-        return cls(ids, valid, flat[valid])
+    def of(cls, ids_cK: Tensor, vocab: int, shard: VocabShard = WHOLE, rows: int | None = None) -> Support:
+        """Take ids as they come; -1 is padding. ``ValueError``: an id beyond the vocabulary.
+
+        ``vocab`` is the size of all shards together, ``rows`` how many of its ids ``shard`` holds (``None``: all).
+        """
+        check_ids(ids_cK, vocab, "a support", lowest=-1)
+        rows = vocab if rows is None else rows
+        held = HeldIds.of(ids_cK, shard.first, rows)
+        flat = held.column_cK + torch.arange(len(ids_cK), device=ids_cK.device)[:, None] * rows
+        return cls(ids_cK >= 0, held, flat[held.held_cK], shard)
 
     def gather(self, logprobs_cV: Tensor) -> Tensor:
-        """Return the log-probabilities of the ids ``[c, K]``, -inf for padding."""
-        return logprobs_cV.gather(-1, self.ids_cK).masked_fill_(~self.valid_cK, -math.inf)
+        """Return the log-probabilities of the ids ``[c, K]``, wherever they are, -inf for padding."""
+        return self.shard.sum(self.held.take(logprobs_cV)).masked_fill_(~self.valid_cK, -math.inf)
 
     def tail(self, logprobs_cV: Tensor, scratch_cV: Tensor) -> Tensor:
-        """Log-sum-exp of everything outside the set, from the row itself: ``log(1 - sum)`` would cancel."""
+        """Log-sum-exp of everything outside the set, from the rows themselves: ``log(1 - sum)`` would cancel."""
         flat_view = logprobs_cV.view(-1)
         kept = flat_view[self.flat]
         flat_view[self.flat] = -math.inf
         tail = logsumexp(logprobs_cV, scratch_cV)
         flat_view[self.flat] = kept
-        return tail
+        return self.shard.gather(tail[:, None]).logsumexp(dim=-1)
 
 
 def tail_logprob(logits_nV: Tensor, ids_nK: Tensor) -> Tensor:
@@ -72,26 +85,29 @@ def support_scores(
 
     Args:
         hidden_nH: the teacher's final hidden states, already shifted to the position that predicts the target.
-        head: the teacher's.
+        head: the teacher's, whole or one of its shards; every rank gets the same answer.
         targets_n: int64 token ids.
         top_k: how many of its own best tokens; 0: none.
         given_ids_nK: int64 ids to score as well, -1 is padding.
-        chunk_tokens: tokens whose logits are held at a time.
+        chunk_tokens: tokens whose logits are held at a time; as many times more as there are shards.
 
     Returns:
         ``(logprobs_n, ids_nM, logprobs_nM, tail_n)``, the last three ``None`` when no set is asked for. A row holds its
         own ``top_k`` best, best first, then the given ids in their order, ``M = top_k + K``. A given id that occurred
         before in the row is padding: id -1, log-probability -inf. The tail is the log-probability of everything else.
+        Which of equally good tokens come first, or at all, is not defined, as in :func:`torch.topk`.
 
     Raises:
-        ValueError: ``top_k`` beyond the vocabulary, or shapes that do not fit together.
+        ValueError: ``top_k`` or an id beyond the vocabulary, or shapes that do not fit together.
     """
-    n, vocab = len(targets_n), len(head.weight_VH)
+    n, vocab, chunk_tokens = len(targets_n), head.total, chunk_tokens * head.shard.ranks
     if not 0 <= top_k <= vocab:
         raise ValueError(f"top_k is {top_k}, must lie between 0 and the vocabulary's size of {vocab}")
     if hidden_nH.shape[0] != n or (given_ids_nK is not None and len(given_ids_nK) != n):
         raise ValueError(f"{n} targets, but hidden states or ids of another number of positions")
-    buffers = Buffers(min(chunk_tokens, n), vocab, hidden_nH)
+    check_ids(targets_n, vocab, "the targets")
+    targets = HeldIds.of(targets_n[:, None], head.shard.first, head.rows)
+    buffers = Buffers(min(chunk_tokens, n), head.rows, hidden_nH)
     logprobs = hidden_nH.new_empty(n, dtype=buffers.dtype)
     has_set = top_k > 0 or given_ids_nK is not None
     size = top_k + (0 if given_ids_nK is None else given_ids_nK.shape[-1])
@@ -100,16 +116,36 @@ def support_scores(
     tail = hidden_nH.new_empty(n, dtype=buffers.dtype)
     for start in range(0, n, chunk_tokens):
         rows = slice(start, min(start + chunk_tokens, n))
-        lp = fill_logprobs(hidden_nH[rows], head, buffers("logprobs", rows.stop - start))
-        logprobs[rows] = lp.gather(-1, targets_n[rows, None]).squeeze(-1)
+        lp = fill_logprobs(hidden_nH[rows], head, buffers("logprobs", rows.stop - start), buffers)
+        logprobs[rows] = targets[rows].take(lp).squeeze(-1)
         if not has_set:
             continue
-        chosen = lp.topk(top_k, dim=-1).indices
+        chosen = _best(lp, top_k, head.shard)
         if given_ids_nK is not None:
-            chosen = torch.cat([chosen, given_ids_nK[rows]], dim=-1)
-            same = (chosen[:, :, None] == chosen[:, None, :]).tril_(diagonal=-1)
-            chosen = chosen.masked_fill(same.any(dim=-1), -1)
-        support = Support.of(chosen, vocab)
+            chosen = _without_repetition(torch.cat([chosen, given_ids_nK[rows]], dim=-1))
+        support = Support.of(chosen, vocab, head.shard, head.rows)
         ids[rows], set_logprobs[rows] = chosen, support.gather(lp)
         tail[rows] = support.tail(lp, buffers("scratch", rows.stop - start))
+    logprobs = head.shard.sum(logprobs)
     return (logprobs, ids, set_logprobs, tail) if has_set else (logprobs, None, None, None)
+
+
+def _best(logprobs_cV: Tensor, top_k: int, shard: VocabShard) -> Tensor:
+    """Return the ids ``[c, top_k]`` of the best tokens of all shards, best first."""
+    best = logprobs_cV.topk(min(top_k, logprobs_cV.shape[-1]), dim=-1)
+    if shard.ranks == 1 or top_k == 0:
+        return best.indices
+    missing = (0, top_k - best.indices.shape[-1])
+    values = shard.gather(torch.nn.functional.pad(best.values, missing, value=-math.inf))
+    ids = shard.gather(torch.nn.functional.pad(best.indices + shard.first, missing, value=-1))
+    # Stable, so that all ranks choose alike among equals.
+    order = values.sort(dim=-1, descending=True, stable=True).indices
+    return ids.gather(-1, order[:, :top_k])
+
+
+def _without_repetition(ids_cM: Tensor) -> Tensor:
+    """Return the ids with -1 for each that occurred before in its row."""
+    ordered, order = ids_cM.sort(dim=-1, stable=True)
+    again = torch.zeros_like(ids_cM, dtype=torch.bool)
+    again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    return ids_cM.masked_fill(torch.zeros_like(again).scatter_(-1, order, again), -1)

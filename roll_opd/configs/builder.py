@@ -19,6 +19,7 @@ from roll_opd.configs.roll_compat import (
     PLACEHOLDER,
     ROLL_VARIABLES,
     RollKey,
+    backends_with,
     ignored_keys,
     roll_keys,
     spellings,
@@ -253,9 +254,13 @@ def _describe(value: Any) -> str:
 
 
 def _elsewhere(cls: type, key: Any) -> str:
-    """Point at the nested block that knows the key, for settings written one level too high."""
+    """Point at the nested block that knows the key, for settings written one level too high; or at another backend."""
     for name, hint in field_types(cls).items():
         for option in (hint, *typing.get_args(hint)):
             if dataclasses.is_dataclass(option) and key in field_types(typing.cast(type, option)):
                 return f"; it belongs under '{name}': {name}.{key}"
+    if "engine_args" in field_types(cls):
+        return f"; if it is an argument of the engine itself, it belongs under 'engine_args': engine_args.{key}"
+    if cls.__name__.endswith("Settings") and backends_with(key):
+        return f"; it is a setting of {' and '.join(backends_with(key))}; remove it, or choose that strategy_name"
     return ""

@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from roll_opd.configs.backends import backend_settings
+from roll_opd.configs.backends.megatron import MegatronSettings
 from roll_opd.configs.builder import did_you_mean
 from roll_opd.configs.idle_settings import idle_warnings
 from roll_opd.configs.opd_checks import check_logprob_source, check_opd
 from roll_opd.configs.pipeline_config import PipelineConfig
-from roll_opd.configs.resolve import parallel_size
 from roll_opd.configs.roles import teacher_key
 from roll_opd.configs.worker_config import RewardFilterArguments, WorkerConfig
 from roll_opd.errors import ConfigError
@@ -91,11 +92,10 @@ def data_parallel_size(worker: WorkerConfig, path: str) -> int:
     strategy = worker.strategy_args
     assert strategy is not None
     ranks = worker.world_size or 1
-    if strategy.strategy_name.startswith("megatron"):
-        keys = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-        shared = 1
-        for key in keys:
-            shared *= parallel_size(strategy, key, path)
+    settings = backend_settings(strategy)
+    if isinstance(settings, MegatronSettings):
+        shared = settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size
+        shared *= settings.context_parallel_size
         what = "tensor x pipeline x context parallel size"
     else:
         shared, what = worker.model_args.ulysses_size, "ulysses_size"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from roll_opd.configs.agentic_config import AgenticConfig
+from roll_opd.configs.backends import check_backend_settings
 from roll_opd.configs.builder import Builder
 from roll_opd.configs.checks import check_config
 from roll_opd.configs.composition import compose_config, find_config_dir
@@ -78,6 +79,7 @@ def _build(raw: Mapping[str, Any], launcher: str, variables: frozenset[str], inc
     warnings = list(mapped.warnings)
     builder = Builder(mapped.aliases, variables, included)
     config = builder.build(_CLASSES[mapped.raw["pipeline"]], mapped.raw)
+    check_backend_settings(config, builder)
     if builder.ignored:
         warnings.append(f"settings of ROLL without effect here: {', '.join(builder.ignored)}")
     if builder.tolerated:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from roll_opd.configs.resolve import parallel_size
+from roll_opd.configs.backends import backend_settings
 from roll_opd.configs.worker_config import WorkerConfig
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -75,7 +75,7 @@ def memory_per_device(worker: WorkerConfig, path: str) -> str:
         shards = _model_shards(worker, path)
         replicas = max(1, processes // shards)
         # The distributed optimizer spreads its state, not weights and gradients, over the data-parallel ranks.
-        state = OPTIMIZER_BYTES / (replicas if strategy.strategy_config.get("use_distributed_optimizer") else 1)
+        state = OPTIMIZER_BYTES / (replicas if backend_settings(strategy).use_distributed_optimizer else 1)
         total = int(parameters * (2 * per_weight + state))
     else:
         total, shards = parameters * per_weight, processes if name == "fsdp2_infer" else _model_shards(worker, path)
@@ -87,12 +87,10 @@ def memory_per_device(worker: WorkerConfig, path: str) -> str:
 def _model_shards(worker: WorkerConfig, path: str) -> int:
     strategy = worker.strategy_args
     assert strategy is not None
-    if strategy.strategy_name.startswith("megatron"):
-        keys = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-    else:
-        keys = ("tensor_parallel_size", "pipeline_parallel_size")
-    first, second = (parallel_size(strategy, key, path) for key in keys)
-    return max(first * second, worker.num_gpus_per_worker if strategy.strategy_name == "hf_infer" else 1)
+    if not strategy.strategy_name.startswith("megatron"):
+        return worker.num_gpus_per_worker
+    settings = backend_settings(strategy)
+    return int(settings.tensor_model_parallel_size * settings.pipeline_model_parallel_size)
 
 
 def _size(count: float) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from roll_opd.configs.backends import backend_settings
+from roll_opd.configs.backends.vllm import VLLMSettings
 from roll_opd.configs.generating_args import GeneratingArguments
 from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.configs.roles import teacher_key
@@ -177,30 +179,21 @@ def _generation(config: P, names: Mapping[str, str], warnings: list[str]) -> P:
     return config
 
 
-def gpus_per_worker(worker: WorkerConfig, path: str) -> int:
-    """Devices of one worker: engines span their tensor and pipeline parallel size, trainers take one each."""
+def gpus_per_worker(worker: WorkerConfig) -> int:
+    """Devices of one worker: engines span their tensor and pipeline parallel size, ranks of a model take one each."""
     strategy = worker.strategy_args
-    if strategy is None or strategy.strategy_name == "hf_infer":
+    if strategy is None or strategy.strategy_name in ("hf_infer", "sglang"):
         return worker.num_gpus_per_worker
-    if strategy.strategy_name == "vllm":
-        return parallel_size(strategy, "tensor_parallel_size", path) * parallel_size(
-            strategy, "pipeline_parallel_size", path
-        )
-    return worker.num_gpus_per_worker if strategy.strategy_name == "sglang" else 1
-
-
-def parallel_size(strategy: StrategyArguments, key: str, path: str) -> int:
-    """Read one parallel size of a backend's settings; 1 when absent."""
-    size = strategy.strategy_config.get(key, 1)
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ConfigError(f"{path}.strategy_args.strategy_config.{key}", f"expected a whole number >= 1, got {size!r}")
-    return size
+    settings = backend_settings(strategy)
+    if isinstance(settings, VLLMSettings):
+        return settings.tensor_parallel_size * settings.pipeline_parallel_size
+    return 1
 
 
 def _worker(worker: W, name: str, strategy: StrategyName | None, path: str, warnings: list[str]) -> W:
     if worker.strategy_args is None and strategy is not None:
         worker = replace(worker, strategy_args=StrategyArguments(strategy_name=strategy))
-    per_worker = gpus_per_worker(worker, path)
+    per_worker = gpus_per_worker(worker)
     world_size = worker.world_size or 1
     if worker.device_mapping is not None:
         count = len(worker.device_mapping)

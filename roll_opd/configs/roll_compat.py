@@ -35,7 +35,9 @@ class RollKey:
             return False
         if isinstance(value, Mapping):
             blocks = [harmless for harmless in self.harmless if isinstance(harmless, Mapping)]
-            return not any(all(value.get(key, off) == off for key, off in block.items()) for block in blocks)
+            return bool(value) and not any(
+                all(value.get(key, off) == off for key, off in block.items()) for block in blocks
+            )
         return True
 
 
@@ -69,6 +71,9 @@ _UNKNOWN_THERE = "a word of ROLL's YAML files that is no field there; ROLL drops
 _ENGINE = "how requests are spread over engines is not the user's business here; results do not depend on it"
 _MEDIA = "pictures, video and sound are out of scope"
 _LOGS = "no profiler and no second log folder here"
+_SPEED = "a matter of speed or memory, which this version decides by itself"
+_MORE = "a matter of speed or memory; `engine_args` hands a setting to vLLM as it is"
+_DTYPE = "`model_args.dtype` decides; a launch refuses another value"
 _OFFLOAD = "decided by the placement: roles that share devices are offloaded around their turn"
 
 _WORKER_REST = {
@@ -289,11 +294,79 @@ ROLL_KEYS: dict[str, dict[str, RollKey]] = {
         **_ignored("engines always report the log-probability of what they sampled", "logprobs"),
     },
     "StrategyArguments": {
-        **_same("strategy_config"),
         **_fixed(
+            strategy_config="checked like any other block, by the backend's own table below",
             strategy_name="`sglang` plans with a warning and is refused at launch; a strategy that cannot do the "
             "role's job is refused",
         ),
+    },
+    "VLLMSettings": {
+        **_same("tensor_parallel_size pipeline_parallel_size gpu_memory_utilization block_size max_model_len"),
+        **_same("max_num_batched_tokens max_num_seqs enforce_eager enable_prefix_caching enable_chunked_prefill"),
+        **_same("sleep_level"),
+        **_fixed(
+            load_format="`auto` when left out, where ROLL has `dummy`",
+            logprobs_mode="set to what the sampling settings need when left out",
+        ),
+        **_ignored(_MEDIA, "disable_mm_preprocessor_cache limit_mm_per_prompt"),
+        **_ignored(_MORE, "cuda_graph_sizes cudagraph_capture_sizes optimization_level disable_custom_all_reduce"),
+        **_ignored("an engine's processes belong to its worker", "distributed_executor_backend"),
+        **_ignored("engines report through the run's metrics", "disable_log_stats"),
+        **_ignored("V1 is the engine that vLLM has", "VLLM_USE_V1"),
+        **_ignored("adapters are merged into the weights that engines get", "max_loras max_lora_rank"),
+        **_planned("`device_mapping` says how many engines there are", 1, names="data_parallel_size"),
+    },
+    "MegatronSettings": {
+        **_same("tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size"),
+        **_same("context_parallel_size expert_model_parallel_size recompute_num_layers overlap_grad_reduce"),
+        **_same("moe_grouped_gemm"),
+        **_fixed(
+            sequence_parallel="a warning says so where there is one tensor-parallel rank",
+            use_distributed_optimizer="true when left out, where ROLL has false",
+            recompute_granularity="`selective` recomputes attention",
+            recompute_method="`uniform` when left out",
+            moe_token_dispatcher_type="`alltoall` when left out, where ROLL has `allgather`",
+        ),
+        **_ignored("layers are divided evenly", "account_for_embedding_in_pipeline_split"),
+        **_ignored("layers are divided evenly", "account_for_loss_in_pipeline_split pipeline_model_parallel_layout"),
+        **_ignored("`recompute_granularity` decides", "recompute_modules moe_layer_recompute"),
+        **_ignored(_SPEED, "bias_activation_fusion apply_rope_fusion cross_entropy_loss_fusion overlap_p2p_comm"),
+        **_ignored(_SPEED, "delay_grad_reduce overlap_param_gather ddp_bucket_size ddp_average_in_collective"),
+        **_ignored(_SPEED, "moe_shared_expert_overlap moe_permute_fusion expert_tensor_parallel_size compile_warmup"),
+        **_ignored(_SPEED, "optimizer_cpu_offload optimizer_offload_fraction transformer_impl cuda_graph_impl"),
+        **_ignored(_SPEED, "cuda_graph_scope"),
+        **_ignored("sequences always have their own lengths", "variable_seq_lengths sequence_packing"),
+        **_ignored("every loss is a sum over the whole batch", "calculate_per_token_loss"),
+        **_ignored("gradients are always reduced in fp32", "accumulate_allreduce_grads_in_fp32"),
+        **_ignored("a gradient that is not finite always stops the run", "check_for_nan_in_loss_and_grad"),
+        **_ignored("checkpoints have one format", "ckpt_format ckpt_d2h_non_blocking distrib_optim_fully_reshardable"),
+        **_ignored("checkpoints have one format", "distrib_optim_fully_reshardable_mem_efficient save_hf_model"),
+        **_ignored("checkpoints have one format", "save_merged_model"),
+        **_ignored(_DTYPE, "bf16 fp16"),
+        **_ignored("the pipeline's `max_grad_norm` decides; a launch refuses another value", "max_grad_norm"),
+        **_planned("`training_args.optimizer` decides", "adam", names="optimizer"),
+        **_planned("the load-balancing loss of experts is not trained", 0, 0.0, names="moe_aux_loss_coeff"),
+        **_planned(
+            "experts take all of their tokens",
+            False,
+            "probs",
+            names="moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_drop_policy",
+        ),
+        **_planned("expert choices are not replayed", False, names="moe_enable_routing_replay"),
+        **_planned("routers compute in fp32", "fp32", names="moe_router_dtype"),
+        **_planned("multi-token prediction is not trained", 0, names="mtp_num_layers"),
+        **_planned("no fp8", False, names="fp8 fp8_recipe fp8_param"),
+        **_planned("further settings of Megatron-core", names="additional_configs"),
+    },
+    "FSDP2Settings": {
+        **_same("reshard_after_forward offload_policy"),
+        **_ignored("weights are spread over all ranks of the role", "fsdp_size efsdp_size ep_size"),
+        **_ignored("each layer is a unit", "wrap_policy"),
+        **_ignored(_SPEED, "moe_use_grouped_mm apply_expert_patch apply_tiled_mlp tiled_num_shards model_type"),
+        **_ignored(_SPEED, "use_batched_model_update reduce_scatter_during_grad_accumulation"),
+        **_ignored("gradients are always reduced in fp32", "reduce_dtype"),
+        **_ignored("a checkpoint is always whole, and waited for", "async_save_ckpt save_only_model"),
+        **_ignored(_DTYPE, "param_dtype"),
     },
     "SequencePackingArguments": _same(
         "algorithm max_packed_sequence_length_forward max_packed_sequence_length_train min_num_micro_batches_forward "
@@ -322,6 +395,15 @@ ROLL_KEYS: dict[str, dict[str, RollKey]] = {
     },
 }
 
+# Which backend reads each table of settings.
+BACKENDS: dict[str, str] = {"VLLMSettings": "vllm", "MegatronSettings": "megatron", "FSDP2Settings": "fsdp2"}
+# A role that changes to `hf_infer`, on the command line say, leaves the other backend's settings behind.
+ROLL_KEYS["HFSettings"] = {
+    name: RollKey("ignored", "a setting of another backend: `hf_infer` has none")
+    for cls in BACKENDS
+    for name in ROLL_KEYS[cls]
+}
+
 # ROLL's names of the classes above, where they differ.
 ROLL_CLASSES: dict[str, str] = {
     "BaseConfig": "BaseConfig, ScheduleConfig",
@@ -330,6 +412,10 @@ ROLL_CLASSES: dict[str, str] = {
     "RewardFilterArguments": "RewardFilterConfig",
     "ValidationConfig": "WorkerConfig as `validation`",
     "ModelArguments": "ModelArguments, LoraArguments",
+    "VLLMSettings": "vLLM's `EngineArgs`",
+    "MegatronSettings": "`mcore_adapter.TrainingArguments`",
+    "FSDP2Settings": "a plain mapping",
+    "HFSettings": "a plain mapping",
     "SequencePackingArguments": "SequencePackingConfig",
     "TrainInferCorrectionArguments": "TrainInferCorrectionConfig",
     "TrainInferWeightArguments": "TrainInferISWeightConfig",
@@ -355,21 +441,6 @@ OTHER_PIPELINES: dict[str, str] = {
 # Blocks that are handed on as they are, and words that are usual in them: a near miss of one is a typo, another key is
 # the recipient's business. By the name of the field; under `custom_envs` the words are one level deeper.
 HANDED_ON: dict[str, frozenset[str]] = {
-    "strategy_config": split_names("""
-        tensor_parallel_size pipeline_parallel_size gpu_memory_utilization block_size load_format sleep_level
-        max_model_len max_num_batched_tokens max_num_seqs enforce_eager enable_prefix_caching disable_log_stats
-        distributed_executor_backend limit_mm_per_prompt additional_configs cuda_graph_sizes cudagraph_capture_sizes
-        mem_fraction_static enable_memory_saver
-        tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size
-        context_parallel_size expert_model_parallel_size sequence_parallel use_distributed_optimizer
-        distrib_optim_fully_reshardable overlap_grad_reduce recompute_granularity recompute_modules
-        pipeline_model_parallel_layout account_for_loss_in_pipeline_split account_for_embedding_in_pipeline_split
-        moe_token_dispatcher_type moe_grouped_gemm moe_layer_recompute moe_aux_loss_coeff moe_shared_expert_overlap
-        apply_rope_fusion bias_activation_fusion cross_entropy_loss_fusion optimization_level max_grad_norm
-        apply_expert_patch apply_tiled_mlp tiled_num_shards use_batched_model_update
-        fsdp_size efsdp_size ep_size param_dtype reduce_dtype reshard_after_forward offload_policy wrap_policy
-        moe_use_grouped_mm
-    """),
     "tracker_kwargs": split_names("log_dir api_key project name notes tags"),
     "filter_args": split_names("threshold_up threshold_down std_threshold"),
     "custom_envs": split_names("""
@@ -393,6 +464,11 @@ PRIVATE_TRACKERS = ("ml_tracker",)
 PLACEHOLDER = re.compile(r"x_\d+")
 
 _CLASS_PREFIXES = (("roll.pipeline.rlvr.rewards.", "roll_opd.rewards."), ("roll.", "roll_opd."))
+
+
+def backends_with(key: Any) -> list[str]:
+    """The backends that have a setting of this name."""
+    return [backend for cls, backend in BACKENDS.items() if key in ROLL_KEYS[cls]]
 
 
 def roll_keys(cls: type) -> dict[str, RollKey]:

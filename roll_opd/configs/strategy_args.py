@@ -19,7 +19,7 @@ class StrategyArguments:
     strategy_name: StrategyName = "fsdp2_train"
     """`*_train` train; `vllm`, `sglang`, `hf_infer` generate; `hf_infer`, `*_infer`, `vllm`, `remote` score."""
     strategy_config: dict[str, Any] = field(default_factory=dict)
-    """Settings that are handed to the backend, such as `tensor_parallel_size` for vLLM."""
+    """The backend's own settings, such as `tensor_parallel_size` for vLLM."""
 
 
 @dataclass(frozen=True)

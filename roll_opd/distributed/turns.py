@@ -50,7 +50,7 @@ class Turns:
 
     def share(self, one: str, other: str) -> bool:
         """Whether two roles have a device in common."""
-        return other in self._rivals[one]
+        return other in self._rivals.get(one, ())
 
     def waves(self, first: Iterable[str], names: Iterable[str]) -> list[list[str]]:
         """Sort ``names`` into groups that can be on their devices together, each name as early as it can.

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from roll_opd.pipeline.report import RunReport
 from roll_opd.pipeline.role_clusters import RoleClusters
 from roll_opd.pipeline.signal import Signal
 from roll_opd.pipeline.student import Student
-from roll_opd.pipeline.trajectory_stream import Batch, TrajectoryStream
+from roll_opd.pipeline.trajectory_stream import TEACHER_ROLE, Batch, TrajectoryStream
 from roll_opd.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -131,6 +131,7 @@ class BasePipeline(ABC):
             if batch is None:
                 found = [Finding("skipped", "", "samples: this pipeline has no probe", "samples")]
             else:
+                self.clusters.turns.take("actor_train")
                 first = self.student.scored(batch.trajectories)
                 floor = noise_floor(first)
                 self.report.note("probe/noise_floor", {"mean": floor.mean, "max": floor.max, "tokens": floor.tokens})
@@ -166,12 +167,14 @@ class BasePipeline(ABC):
     def _start(self, stack: contextlib.ExitStack, resume_from: Path | None) -> None:
         self.clusters = RoleClusters(self.loaded, self.report.folder.logs)
         stack.callback(self.clusters.stop)
-        self.student = Student(self.config, self.clusters.train, lambda lost: self.stream.score_again(lost))
+        self.student = Student(self.config, self.clusters.train, self._score_again)
         self.critic = None if self.clusters.critic is None else Critic(self.config, self.clusters.critic)
         self.moving = {n: t for n, t in self.config.teachers.items() if t.teacher_args.self_teacher in ("ema", "live")}
         if resume_from is not None:
+            self.clusters.turns.take("actor_train")
             self.clusters.train.call_all("load", str(resume_from / "actor_train"))
             if self.clusters.critic is not None:
+                self.clusters.turns.take("critic")
                 self.clusters.critic.call_all("load", str(resume_from / "critic"))
             for name in self.moving:
                 folder = resume_from / f"teacher-{name}"
@@ -181,10 +184,11 @@ class BasePipeline(ABC):
                     logger.warning("%s holds no weights of teacher %s, which did not move then", resume_from, name)
             logger.info("resumed from %s: step %d comes next", resume_from, self.step)
         bucket = self.config.model_update_buffer_size_mb << 20
-        self.weight_syncs = [WeightSync(self.clusters.train, self.clusters.infer, bucket)]
+        self.weight_syncs = {"actor_infer": WeightSync(self.clusters.train, self.clusters.infer, bucket)}
         for name, teacher in self.moving.items():
             mix = 1.0 - teacher.teacher_args.ema_decay if teacher.teacher_args.self_teacher == "ema" else 1.0
-            self.weight_syncs.append(WeightSync(self.clusters.train, self.clusters.scorers[name], bucket, mix))
+            target = self.clusters.scorers[name]
+            self.weight_syncs[TEACHER_ROLE + name] = WeightSync(self.clusters.train, target, bucket, mix)
         self._send_teacher_heads(self.config.teachers)
         self.stream = self.build_stream(self.clusters)
         stack.callback(self.stream.close)
@@ -201,9 +205,21 @@ class BasePipeline(ABC):
     def sync_weights(self) -> None:
         """Give the generator, and teachers that follow the student, this step's weights; then rollout may begin."""
         with self.report.phase("weight_sync"):
-            for sync in self.weight_syncs:
-                sync.sync(self.step)
+            for role, sync in self.weight_syncs.items():
+                if sync.version != self.step:
+                    self.clusters.turns.take("actor_train", role, weights_only=True)
+                    sync.sync(self.step)
             self._send_teacher_heads(self.moving)
+
+    def _revive(self, worker: Any) -> None:
+        """Bring a worker of the generator back whose engine has died while it sampled."""
+        self.weight_syncs["actor_infer"].revive(worker)
+
+    def _score_again(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        """Have the teachers score once more, in the middle of the trainer's turn."""
+        scored = self.stream.score_again(trajectories)
+        self.clusters.turns.take("actor_train")
+        return scored
 
     def collect(self) -> Batch:
         """Let the stream run on these weights and wait for the step's batch, and its rewards if they are trained on."""
@@ -230,9 +246,11 @@ class BasePipeline(ABC):
     def compute_advantages(self, batch: Batch) -> tuple[list[Trajectory], dict[str, float]]:
         """Add ``old_logprobs``, the critic's values and the training signal to the trajectories."""
         with self.report.phase("old_logprobs"):
+            self.clusters.turns.take("actor_train")
             trajectories = self.student.with_old_logprobs(batch.trajectories)
         if self.critic is not None:
             with self.report.phase("values"):
+                self.clusters.turns.take("critic")
                 trajectories = self.critic.with_values(trajectories)
         with self.report.phase("advantages"):
             return self.signal(trajectories, self.step)
@@ -240,9 +258,13 @@ class BasePipeline(ABC):
     def update(self, trajectories: list[Trajectory]) -> dict[str, float]:
         """Update the critic, if there is one, and, once it has warmed up, the student."""
         with self.report.phase("train"):
-            metrics = {} if self.critic is None else self.critic.train(trajectories)
-            if self.critic is not None and self.step < self.config.critic_warmup:
-                return metrics
+            metrics = {}
+            if self.critic is not None:
+                self.clusters.turns.take("critic")
+                metrics = self.critic.train(trajectories)
+                if self.step < self.config.critic_warmup:
+                    return metrics
+            self.clusters.turns.take("actor_train")
             return metrics | self.student.train(trajectories)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
@@ -251,18 +273,21 @@ class BasePipeline(ABC):
         """Write a checkpoint; the last one also holds the models in Hugging Face format."""
 
         def write(folder: Path) -> None:
+            turns = self.clusters.turns
+            turns.take("actor_train")
             self.clusters.train.call_all("save", str(folder / "actor_train"))
-            if self.clusters.critic is not None:
-                self.clusters.critic.call_all("save", str(folder / "critic"))
-            for name in self.moving:
-                cluster = self.clusters.scorers[name]
-                cluster.wait(cluster.workers[0].save_model.remote(str(folder / f"teacher-{name}")), "save_model")
             if final:
                 self.clusters.train.call_all("export_hf", str(folder))
                 self.tokenizer.save_pretrained(folder)
-                if self.clusters.critic is not None:
+            if self.clusters.critic is not None:
+                turns.take("critic")
+                self.clusters.critic.call_all("save", str(folder / "critic"))
+                if final:
                     self.clusters.critic.call_all("export_hf", str(folder / "critic-hf"))
                     self.tokenizer.save_pretrained(folder / "critic-hf")
+            for name in self.moving:
+                cluster = self.clusters.scorers[name]
+                cluster.wait(cluster.workers[0].save_model.remote(str(folder / f"teacher-{name}")), "save_model")
             (folder / CONFIG_FILE).write_text(config_for_checkpoint_json(self.config))
 
         with self.report.phase("checkpoint"):

@@ -16,6 +16,7 @@ from roll_opd.distributed.layout import layout_of
 from roll_opd.distributed.placement import Placement, cpu_threads, usable_cores
 from roll_opd.distributed.runtime import get
 from roll_opd.distributed.strategy.base import SAMPLED_ONLY, ScoreWant
+from roll_opd.distributed.turns import Turns
 from roll_opd.pipeline.batching import mini_batch_size
 from roll_opd.pipeline.reward_pool import RewardPool
 from roll_opd.pipeline.reward_worker import RewardWorkerActor
@@ -70,6 +71,7 @@ class RoleClusters:
         scorers: name -> cluster of each teacher, of the reference, of the base model.
         teacher_pool: scores trajectories.
         reward_pool: grades them.
+        turns: moves those that share devices.
 
     Args:
         loaded: a checked config, and the names that its user gave to the roles.
@@ -112,6 +114,9 @@ class RoleClusters:
             for name, reward in config.rewards.items()
         }
         logger.info("threads per process: %s", ", ".join(f"{role} {n}" for role, n in threads.items()))
+        roles = {"actor_train": self.train, "critic": self.critic, "actor_infer": self.infer}
+        scorers = {f"teacher-{name}": scorer for name, scorer in self.scorers.items()}
+        self.turns = Turns({role: c for role, c in {**roles, **scorers}.items() if c is not None})
         self._setup()
         self.teacher_pool = TeacherPool(
             {name: (self.scorer_configs[name], c.replicas) for name, c in self.scorers.items()},
@@ -123,28 +128,55 @@ class RoleClusters:
         )
 
     def _setup(self) -> None:
-        """Load all models side by side; the first failure is the error that the user sees."""
+        """Load all models, side by side where they have devices of their own; the first failure is what the user sees.
+
+        Roles that share devices load one after the other, each leaving before the next one comes: trainers first, engines
+        last, because an engine takes what memory it finds.
+        """
+        pending: list[Any] = []
+        for name, cluster in self.rewards.items():
+            reward = self.config.rewards[name]
+            pending += cluster.start_all("setup", name, reward.worker_cls, reward)
+        setups = self._model_setups()
+        for role, cluster, arguments in setups:
+            if role not in self.turns.sharing:
+                self._connect(role, cluster)
+                pending += cluster.start_all("setup", *arguments)
+        for role, cluster, arguments in setups:
+            if role in self.turns.sharing:
+                self._connect(role, cluster)
+                get(cluster.start_all("setup", *arguments), self.config.rpc_timeout, f"loading {self.yaml_names[role]}")
+                self.turns.left(role)
+        get(pending, self.config.rpc_timeout, "loading the models")
+
+    def _connect(self, role: str, cluster: Cluster) -> None:
+        if role in ("actor_train", "critic") or cluster.is_sharded:
+            cluster.connect_ranks()
+
+    def _model_setups(self) -> list[tuple[str, Cluster, tuple[Any, ...]]]:
+        """Each role that holds a model, its cluster, and what its workers' ``setup`` takes."""
         config, student = self.config, self.config.actor_train.model_args
         # While the critic warms up, the student's schedule stands still.
         warmup = config.critic_warmup if self.critic is not None else 0
-        trained = [(self.train, "actor_train", config.actor_train, config.max_steps - warmup)]
-        if self.critic is not None and config.critic is not None:
-            trained.append((self.critic, "critic", config.critic, config.max_steps))
-        pending = []
-        for cluster, role, worker, steps in trained:
-            cluster.connect_ranks()
+        setups: list[tuple[str, Cluster, tuple[Any, ...]]] = []
+
+        def trained(role: str, cluster: Cluster, worker: WorkerConfig, steps: int) -> None:
             updates = max(steps, 0) * updates_per_step(config, worker)
-            pending += cluster.start_all("setup", self.yaml_names[role], worker, student, config.max_grad_norm, updates)
-        pending += self.infer.start_all("setup", self.yaml_names["actor_infer"], config.actor_infer, student, True)
+            setups.append((role, cluster, (self.yaml_names[role], worker, student, config.max_grad_norm, updates)))
+
+        trained("actor_train", self.train, config.actor_train, config.max_steps - warmup)
+        if self.critic is not None and config.critic is not None:
+            trained("critic", self.critic, config.critic, config.max_steps)
+        assert config.sequence_length is not None and config.response_length is not None
         teachers_generate = config.validation is not None and config.validation.teacher_accuracy
         for name, cluster in self.scorers.items():
-            yaml_name = self.yaml_names[f"teacher-{name}"]
+            role, scorer = f"teacher-{name}", self.scorer_configs[name]
             generates = teachers_generate and name in config.teachers
-            pending += cluster.start_all("setup", yaml_name, self.scorer_configs[name], student, generates)
-        for name, cluster in self.rewards.items():
-            reward = config.rewards[name]
-            pending += cluster.start_all("setup", name, reward.worker_cls, reward)
-        get(pending, config.rpc_timeout, "loading the models")
+            context = scorer.teacher_args.context_length or 2 * config.prompt_length
+            longest = max(config.sequence_length, context + config.response_length)
+            setups.append((role, cluster, (self.yaml_names[role], scorer, student, generates, longest)))
+        own = (self.yaml_names["actor_infer"], config.actor_infer, student, True, config.sequence_length)
+        return [*setups, ("actor_infer", self.infer, own)]
 
     def stop(self) -> None:
         """End every process."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -75,6 +75,11 @@ class TeacherPool:
         return [name for name, teacher in self.teachers.items() if teacher.covers(tag)]
 
     @property
+    def names(self) -> list[str]:
+        """Names of the teachers."""
+        return list(self.teachers)
+
+    @property
     def block_size(self) -> int:
         """Sequences that are worth sending together."""
         return min((t.config.infer_batch_size for t in self.teachers.values()), default=1)
@@ -84,10 +89,16 @@ class TeacherPool:
         """Requests that failed so far, retried ones included."""
         return sum(t.failures for t in self.teachers.values())
 
-    async def score(self, trajectories: Sequence[Trajectory]) -> list[dict[str, TeacherScores]]:
+    async def score(
+        self, trajectories: Sequence[Trajectory], names: Collection[str] | None = None
+    ) -> list[dict[str, TeacherScores]]:
         """Return, for each trajectory, the scores of each teacher that covers its tag.
 
         Details, where they are wanted, are object references.
+
+        Args:
+            trajectories: what to score.
+            names: ask these teachers alone.
 
         Raises:
             TeacherError: a teacher's failure budget is spent, or none of its replicas is left.
@@ -101,7 +112,7 @@ class TeacherPool:
                 for i, score in zip(mine, scores, strict=True):
                     out[i][teacher.name] = score
 
-        await asyncio.gather(*(one(teacher) for teacher in self.teachers.values()))
+        await asyncio.gather(*(one(t) for name, t in self.teachers.items() if names is None or name in names))
         return out
 
     async def _score_by(self, teacher: Teacher, trajectories: list[Trajectory]) -> list[TeacherScores]:

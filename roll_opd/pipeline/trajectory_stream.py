@@ -11,6 +11,11 @@
         waits for:     weight version >= b - bound          (bound 0: synchronous training)
         produces:      batch b, into a queue (of 1 + bound batches at most)
         unblocked by:  weights_ready(version), from the main loop after weight sync
+    devices
+        teachers that share no device with the engines score beside them, block by block; the others come afterwards, one
+        group after the other (see Turns.waves)
+    engines that die
+        are replaced and get their weights again (revive); what they had not finished is asked for once more
     rewards
         run beside the teachers; where they only monitor, nothing waits for them: verdicts() takes what has come;
         with a group filter the producer waits for them, and draws until the batch is full
@@ -30,7 +35,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,7 +45,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from roll_opd.datasets.prompts import Prompt
 from roll_opd.distributed.runtime import user_error
 from roll_opd.distributed.strategy.base import GenerateRequest, GenerateResult, Sampling
-from roll_opd.errors import GenerationError
+from roll_opd.distributed.turns import Turns
+from roll_opd.errors import EngineDiedError, GenerationError
 from roll_opd.pipeline.reward_pool import RewardPool
 from roll_opd.pipeline.teacher_pool import TeacherPool
 from roll_opd.rewards.base import RewardItem, RewardResult
@@ -54,11 +60,23 @@ MOST_UNGRADED = 0.5
 """Share of responses without a reward beyond which a run that needs them stops: its grader is broken."""
 
 
+TEACHER_ROLE = "teacher-"
+"""What stands before a teacher's name in the name of its role."""
+
+
 def first_of(error: BaseException) -> BaseException:
     """Return the first failure of a task group; the others were cancelled because of it."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Workers that sample, and the role that they play."""
+
+    role: str
+    workers: Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -99,7 +117,7 @@ class TrajectoryStream:
     """Samples, grades and scores trajectories in the background.
 
     Args:
-        generators: worker handles with ``generate``.
+        engines: workers with ``generate``.
         teachers: scores; empty pool: none.
         rewards: grades; empty pool: none.
         decode: response token ids to the text that rewards see.
@@ -109,6 +127,8 @@ class TrajectoryStream:
         contexts: prompt -> what scorers see in its place, by scorer (privileged context).
         keep_group: whether a graded group is trained on; None keeps all, and waits for no reward.
         extra_draws: prompts beyond the missing ones that are drawn at once when groups are filtered.
+        revive: brings a worker back whose engine has died, with current weights; may block. None: a death is the end.
+        turns: moves roles that share devices; None: no role does.
         bound: how many batches generation may run ahead of training.
         deadline: seconds without any progress after which the run stops.
     """
@@ -116,7 +136,7 @@ class TrajectoryStream:
     def __init__(
         self,
         *,
-        generators: Sequence[Any],
+        engines: Engines,
         teachers: TeacherPool,
         rewards: RewardPool,
         decode: Callable[[list[int]], str],
@@ -126,10 +146,12 @@ class TrajectoryStream:
         contexts: Callable[[Prompt], Mapping[str, tuple[int, ...]]] | None = None,
         keep_group: Callable[[list[Trajectory]], bool] | None = None,
         extra_draws: int = 0,
+        revive: Callable[[Any], None] | None = None,
+        turns: Turns | None = None,
         bound: int = 0,
         deadline: float = 3600.0,
     ) -> None:
-        self.generators = list(generators)
+        self.engines = engines
         self.teachers = teachers
         self.rewards = rewards
         self.decode = decode
@@ -139,6 +161,8 @@ class TrajectoryStream:
         self.contexts = contexts
         self.keep_group = keep_group
         self.extra_draws = extra_draws
+        self.revive = revive
+        self.turns = turns or Turns({})
         self.bound = bound
         self.deadline = deadline
         # Holds at most 1 + bound batches, because a batch is begun only when the weights are new enough for it.
@@ -172,11 +196,11 @@ class TrajectoryStream:
         return item
 
     def validate(self, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling, seed: int,
-                 generators: Sequence[Any] | None = None, stream: str = "val") -> Batch:  # fmt: skip
+                 engines: Engines | None = None, stream: str = "val") -> Batch:  # fmt: skip
         """Sample, grade and score fixed prompts with fixed seeds; to be called between batches."""
         draws = [Draw(i, prompt) for i, prompt in enumerate(prompts)]
         future = asyncio.run_coroutine_threadsafe(
-            self._rollout(draws, num_samples, sampling, seed, stream, generators or self.generators), self._loop
+            self._rollout(draws, num_samples, sampling, seed, stream, engines or self.engines), self._loop
         )
         try:
             return future.result()
@@ -195,8 +219,19 @@ class TrajectoryStream:
         return asyncio.run_coroutine_threadsafe(self._graded(batch, patience), self._loop).result()
 
     def score_again(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-        """Have the teachers score ``trajectories`` once more, when something of their scores was lost."""
-        return asyncio.run_coroutine_threadsafe(self._score_block(list(trajectories)), self._loop).result()
+        """Have the teachers score ``trajectories`` once more, when something of their scores was lost.
+
+        Those that share devices with the trainer take their place there, and keep it.
+        """
+
+        async def score() -> list[Trajectory]:
+            scored = list(trajectories)
+            for wave in self._waves(()):
+                await self._take(self._roles(wave))
+                scored = await self._score_block(scored, wave)
+            return scored
+
+        return asyncio.run_coroutine_threadsafe(score(), self._loop).result()
 
     def close(self) -> None:
         """Stop producing and end the thread."""
@@ -259,7 +294,7 @@ class TrajectoryStream:
             count = missing + (min(self.extra_draws, missing) if kept or filtered else 0)
             draws = [Draw(number, prompt_of(number)) for number in range(next_draw, next_draw + count)]
             next_draw += count
-            batch = await self._rollout(draws, self.group_size, self.sampling, self.seed, "train", self.generators)
+            batch = await self._rollout(draws, self.group_size, self.sampling, self.seed, "train", self.engines)
             if self.keep_group is None:
                 return replace(batch, next_draw=next_draw)
             graded = await self._graded(batch, None)
@@ -304,7 +339,7 @@ class TrajectoryStream:
         return out
 
     async def _rollout(
-        self, draws: list[Draw], num_samples: int, sampling: Sampling, seed: int, stream: str, generators: Sequence[Any]
+        self, draws: list[Draw], num_samples: int, sampling: Sampling, seed: int, stream: str, engines: Engines
     ) -> Batch:
         """Sample ``num_samples`` per draw; return them scored and sorted."""
         began = time.perf_counter()
@@ -319,6 +354,8 @@ class TrajectoryStream:
         scoring: list[asyncio.Task[list[Trajectory]]] = []
         grading: list[asyncio.Task[dict[TrajectoryId, RewardResult]]] = []
         generated = began
+        beside, *afterwards = self._waves((engines.role,))
+        await self._take([engines.role, *self._roles(beside)])
         # A task group: the first failure, of an engine or of a teacher, stops the others at once.
         group = asyncio.TaskGroup()
 
@@ -333,7 +370,7 @@ class TrajectoryStream:
             if len(block.finished) == block.size:
                 block.finished.sort(key=lambda pair: pair[0].id)
                 members = self._decoded(block.finished)
-                scores = self._score_block([t for t, _ in members])
+                scores = self._score_block([t for t, _ in members], beside)
                 try:
                     scoring.append(group.create_task(scores))
                 except RuntimeError:  # the group has failed already and takes no more work
@@ -343,20 +380,25 @@ class TrajectoryStream:
 
         shares = [requests[i * num_samples : (i + 1) * num_samples] for i in range(len(draws))]
         async with group:
-            engines = [
+            workers = engines.workers
+            sampling_tasks = [
                 group.create_task(
-                    self._generate(worker, [r for share in shares[i :: len(generators)] for r in share], finished)
+                    self._generate(worker, [r for share in shares[i :: len(workers)] for r in share], finished)
                 )
-                for i, worker in enumerate(generators)
+                for i, worker in enumerate(workers)
             ]
-            await asyncio.wait(engines)
-            for engine in engines:
-                engine.result()
+            await asyncio.wait(sampling_tasks)
+            for task in sampling_tasks:
+                task.result()
             if prompts:
                 first = next(iter(prompts))
                 raise GenerationError(f"{len(prompts)} of {len(requests)} responses never came, first {first}")
+        blocks = [task.result() for task in scoring]
+        for wave in afterwards:
+            await self._take(self._roles(wave))
+            blocks = await asyncio.gather(*(self._score_block(block, wave) for block in blocks))
         ended = time.perf_counter()
-        trajectories = sorted((t for task in scoring for t in task.result()), key=lambda t: t.id)
+        trajectories = sorted((t for block in blocks for t in block), key=lambda t: t.id)
         return Batch(trajectories, {"rollout": ended - began, "generate": generated - began}, grading)
 
     def _cut_blocks(self, requests: list[GenerateRequest], num_samples: int) -> dict[TrajectoryId, _Block]:
@@ -371,8 +413,24 @@ class TrajectoryStream:
     async def _generate(
         self, worker: Any, requests: list[GenerateRequest], finished: Callable[[GenerateResult], None]
     ) -> None:
-        if not requests:
-            return
+        left = {request.id: request for request in requests}
+        while left:
+            try:
+                await self._generate_once(worker, list(left.values()), finished, left)
+                return
+            except EngineDiedError:
+                if self.revive is None:
+                    raise
+                await asyncio.to_thread(self.revive, worker)
+
+    async def _generate_once(
+        self,
+        worker: Any,
+        requests: list[GenerateRequest],
+        finished: Callable[[GenerateResult], None],
+        left: dict[TrajectoryId, GenerateRequest],
+    ) -> None:
+        """Hand results on as they come, each taken off ``left``."""
         try:
             stream = worker.generate.options(num_returns="streaming").remote(requests)
             while True:
@@ -380,7 +438,9 @@ class TrajectoryStream:
                     ref = await asyncio.wait_for(anext(stream), self.deadline)
                 except StopAsyncIteration:
                     return
-                finished(await ref)
+                result = await ref
+                left.pop(result.id, None)
+                finished(result)
         except TimeoutError:
             raise GenerationError(f"the generating engine gave no response for {self.deadline:.0f} s") from None
         except RayActorError as error:
@@ -424,9 +484,27 @@ class TrajectoryStream:
             out.append((replace(trajectory, extras={**trajectory.extras, "response": response}), prompt))
         return out
 
-    async def _score_block(self, trajectories: list[Trajectory]) -> list[Trajectory]:
-        scores = await self.teachers.score(trajectories)
-        return [replace(t, teacher_scores=s) for t, s in zip(trajectories, scores, strict=True)]
+    async def _score_block(self, trajectories: list[Trajectory], names: Collection[str]) -> list[Trajectory]:
+        """Add the scores of the teachers ``names``."""
+        scores = await self.teachers.score(trajectories, names)
+        return [
+            replace(t, teacher_scores={**t.teacher_scores, **s}) for t, s in zip(trajectories, scores, strict=True)
+        ]
+
+    # ---- devices -------------------------------------------------------------------------------------------------
+
+    def _waves(self, first: Collection[str]) -> list[list[str]]:
+        """Sort the teachers into groups that score at the same time, the first one beside the roles ``first``."""
+        waves = self.turns.waves(first, self._roles(self.teachers.names))
+        return [[role.removeprefix(TEACHER_ROLE) for role in wave] for wave in waves]
+
+    @staticmethod
+    def _roles(teachers: Iterable[str]) -> list[str]:
+        return [TEACHER_ROLE + name for name in teachers]
+
+    async def _take(self, roles: Sequence[str]) -> None:
+        if self.turns.sharing:
+            await asyncio.to_thread(self.turns.take, *roles)
 
     async def _grade_block(self, members: list[tuple[Trajectory, Prompt]]) -> dict[TrajectoryId, RewardResult]:
         items = [

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import ObjectLostError
@@ -24,22 +25,67 @@ from roll_opd.distributed.strategy.base import (
     TrainItem,
     WeightBucket,
 )
-from roll_opd.distributed.strategy.factory import build_infer_strategy, build_train_strategy, build_value_strategy
+from roll_opd.distributed.strategy.factory import (
+    InferStrategy,
+    build_infer_strategy,
+    build_train_strategy,
+    build_value_strategy,
+)
 from roll_opd.distributed.strategy.tokenizer import check_same_vocabulary, load_tokenizer, vocabulary_of
 from roll_opd.distributed.worker import Worker
 from roll_opd.trajectory import FloatArray, TrajectoryId
 
+T = TypeVar("T")
+
 DetailsKey = tuple[TrajectoryId, str]
 """A trajectory and the teacher that scored it."""
+
+SIDE_BY_SIDE = {"vllm": 16, "remote": 16}
+"""Calls that a backend works on at once. The others have one model and take call after call, in the order in which they
+were sent: ranks that hold a model together depend on it."""
 
 
 class InferWorker(Worker):
     """``actor_infer`` and the teachers: samples and scores. An async actor; the model works in a thread."""
 
-    async def setup(self, yaml_name: str, config: WorkerConfig, student: ModelArguments, generates: bool) -> None:
-        """Load the model; ``student`` names the tokenizer that everybody uses."""
-        vocabulary = vocabulary_of(load_tokenizer(student, yaml_name), student)
-        self.strategy = build_infer_strategy(yaml_name, config, vocabulary, self.device, generates=generates)
+    async def setup(
+        self, yaml_name: str, config: WorkerConfig, student: ModelArguments, generates: bool, max_length: int
+    ) -> None:
+        """Load the model.
+
+        Args:
+            yaml_name: the role's name in the YAML, for messages.
+            config: of the role.
+            student: names the tokenizer that everybody uses.
+            generates: whether the role samples, or only scores.
+            max_length: tokens of the longest sequence.
+        """
+        assert config.strategy_args is not None
+        threads = SIDE_BY_SIDE.get(config.strategy_args.strategy_name, 1)
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="strategy")
+
+        def load() -> InferStrategy:
+            vocabulary = vocabulary_of(load_tokenizer(student, yaml_name), student)
+            return build_infer_strategy(
+                yaml_name, config, vocabulary, self.device, generates=generates, max_length=max_length
+            )
+
+        self.strategy = await self._call(load)
+
+    async def _call(self, function: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
+    async def restart(self) -> None:
+        """Replace a dead engine."""
+        await self._call(self.strategy.restart)
+
+    async def offload(self, keep_weights: bool) -> None:
+        """Leave the device."""
+        await self._call(self.strategy.offload, keep_weights)
+
+    async def onload(self, weights_only: bool) -> None:
+        """Come back to the device."""
+        await self._call(self.strategy.onload, weights_only)
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[GenerateResult]:
         """Yield responses as they finish."""
@@ -48,7 +94,7 @@ class InferWorker(Worker):
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
         """Score sequences, in their order."""
-        return await asyncio.to_thread(self.strategy.score, requests, SAMPLED_ONLY)
+        return await self._call(self.strategy.score, requests, SAMPLED_ONLY)
 
     async def score_with_details(self, requests: Sequence[ScoreRequest], want: ScoreWant) -> tuple[Any, ...]:
         """Score sequences; return the results, then the details of each sequence.
@@ -56,20 +102,22 @@ class InferWorker(Worker):
         To be called with ``num_returns=1 + len(requests)``: every sequence's details are an object of their own, which
         the caller owns (and so outlives this process) and passes on to a trainer without ever holding it.
         """
-        results = await asyncio.to_thread(self.strategy.score, requests, want)
-        return [dataclasses.replace(r, details=None) for r in results], *(r.details for r in results)
+        results = await self._call(self.strategy.score, requests, want)
+        # A rank that takes part without answering has no results, but as many return values as were asked for.
+        details = [r.details for r in results] or [None] * len(requests)
+        return [dataclasses.replace(r, details=None) for r in results], *details
 
     async def head(self) -> HeadWeights:
         """Return the output projection."""
-        return await asyncio.to_thread(self.strategy.head)
+        return await self._call(self.strategy.head)
 
     async def save_model(self, folder: str) -> None:
         """Write the weights that are held."""
-        await asyncio.to_thread(self.strategy.save_model, folder)
+        await self._call(self.strategy.save_model, folder)
 
     async def load_model(self, folder: str) -> None:
         """Read what :meth:`save_model` wrote."""
-        await asyncio.to_thread(self.strategy.load_model, folder)
+        await self._call(self.strategy.load_model, folder)
 
     async def weight_dtype(self) -> str:
         """Precision in which weights are held here."""
@@ -77,15 +125,15 @@ class InferWorker(Worker):
 
     async def begin_weight_update(self, version: int, mix: float) -> None:
         """Stop serving."""
-        await asyncio.to_thread(self.strategy.begin_weight_update, version, mix)
+        await self._call(self.strategy.begin_weight_update, version, mix)
 
     async def load_weights(self, bucket: WeightBucket) -> dict[str, int]:
         """Take over a bucket; return the checksums of what was received."""
-        return await asyncio.to_thread(self.strategy.load_weights, bucket)
+        return await self._call(self.strategy.load_weights, bucket)
 
     async def finish_weight_update(self, version: int) -> Mapping[str, int]:
         """Serve again; return the checksums of what is held."""
-        return await asyncio.to_thread(self.strategy.finish_weight_update, version)
+        return await self._call(self.strategy.finish_weight_update, version)
 
 
 class TrainWorker(Worker):
@@ -135,6 +183,14 @@ class TrainWorker(Worker):
         }
         return dataclasses.replace(item, trajectory=dataclasses.replace(trajectory, teacher_scores=scores))
 
+    def offload(self, keep_weights: bool) -> None:
+        """Leave the device."""
+        self.strategy.offload(keep_weights)
+
+    def onload(self, weights_only: bool) -> None:
+        """Come back to the device."""
+        self.strategy.onload(weights_only)
+
     def export_weights(self, dtype: str | None, bucket_bytes: int) -> Iterator[WeightBucket]:
         """Yield the weights, bucket by bucket."""
         yield from self.strategy.export_weights(dtype, bucket_bytes)
@@ -170,6 +226,14 @@ class CriticWorker(Worker):
             max_grad_norm=max_grad_norm,
             total_updates=total_updates,
         )
+
+    def offload(self, keep_weights: bool) -> None:
+        """Leave the device."""
+        self.strategy.offload(keep_weights)
+
+    def onload(self, weights_only: bool) -> None:
+        """Come back to the device."""
+        self.strategy.onload(weights_only)
 
     def values(self, requests: Sequence[ScoreRequest]) -> list[FloatArray]:
         """Value this rank's sequences."""

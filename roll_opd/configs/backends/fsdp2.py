@@ -12,4 +12,4 @@ class FSDP2Settings:
     reshard_after_forward: bool = True
     """Free a layer's gathered weights after its forward; false keeps them until its backward: faster, more memory."""
     offload_policy: bool = False
-    """Keep parameters, gradients and optimizer state in host memory and bring a layer to the device when it computes."""
+    """Keep parameters, gradients and optimizer state in host memory; a layer is on the device while it computes."""

@@ -23,18 +23,24 @@ class MegatronSettings:
     expert_model_parallel_size: int = ranged(1, ge=1)
     """Ranks that share the experts of a mixture-of-experts model."""
     sequence_parallel: bool = False
-    """Split activations between the matrices over the tensor-parallel ranks too."""
+    """Split activations between the matrices over the tensor-parallel ranks too, where there are several."""
     use_distributed_optimizer: bool = True
     """Spread the optimizer's state over the data-parallel ranks."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute activations in the backward pass: of whole layers, of attention alone, or (null) none."""
     recompute_method: Literal["uniform", "block"] | None = None
-    """With `full`: which layers."""
+    """With `full`, which layers: all of them in units (`uniform`), or the first of each pipeline rank (`block`). Null:
+    `uniform`."""
     recompute_num_layers: int | None = ranged(None, ge=1)
-    """With `full`: how many layers a unit has."""
+    """With `full`: layers of a unit, or of a pipeline rank's first block. Null: 1."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "alltoall"
     """How tokens reach their experts."""
     moe_grouped_gemm: bool = False
     """One grouped matrix product for all experts of a rank; needs CUDA."""
+
+    @property
+    def splits_sequences(self) -> bool:
+        """Whether `sequence_parallel` has an effect: there are tensor-parallel ranks to split over."""
+        return self.sequence_parallel and self.tensor_model_parallel_size > 1

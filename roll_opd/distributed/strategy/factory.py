@@ -5,7 +5,7 @@ Backends are imported where they are chosen: an engine must not be loaded by a r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from roll_opd.configs.worker_config import WorkerConfig
 from roll_opd.distributed.strategy.base import (
     GenerateStrategy,
+    Resident,
     ScoreRequest,
     ScoreStrategy,
     TrainItem,
@@ -27,7 +28,7 @@ class InferStrategy(GenerateStrategy, ScoreStrategy, Protocol):
     """What ``actor_infer`` and the teachers are served by."""
 
 
-class ValueStrategy(Protocol):
+class ValueStrategy(Resident, Protocol):
     """Trains a critic across ranks. All ranks call every method together."""
 
     def values(self, requests: Sequence[ScoreRequest]) -> list[FloatArray]:
@@ -54,14 +55,46 @@ class ValueStrategy(Protocol):
 
 
 def build_infer_strategy(
-    role: str, config: WorkerConfig, vocabulary: Vocabulary, device: torch.device, *, generates: bool
+    role: str,
+    config: WorkerConfig,
+    vocabulary: Vocabulary,
+    device: torch.device,
+    *,
+    generates: bool,
+    max_length: int,
 ) -> InferStrategy:
-    """Build the backend of a generating or scoring role."""
-    if _name(config) == "hf_infer":
-        from roll_opd.distributed.strategy.hf import HFStrategy
+    """Build the backend of a generating or scoring role; for a sharded one the process group must exist.
 
-        return HFStrategy(role, config, vocabulary, device, generates=generates)
-    raise _unknown(role, config, "hf_infer")
+    Args:
+        role: named in messages.
+        config: the role's settings.
+        vocabulary: of the student's tokenizer.
+        device: of this process.
+        generates: whether the role must be able to sample.
+        max_length: tokens of the longest sequence.
+    """
+    match _name(config):
+        case "hf_infer":
+            from roll_opd.distributed.strategy.hf import HFStrategy
+
+            return HFStrategy(role, config, vocabulary, device, generates=generates)
+        case "vllm":
+            from roll_opd.distributed.strategy.vllm.strategy import VLLMStrategy
+
+            return VLLMStrategy(role, config, vocabulary, device, generates=generates, max_length=max_length)
+        case "remote":
+            from roll_opd.distributed.strategy.remote import RemoteStrategy
+
+            return RemoteStrategy(role, config, vocabulary, max_length=max_length)
+        case "fsdp2_infer":
+            from roll_opd.distributed.strategy.fsdp2_infer import FSDP2InferStrategy
+
+            return FSDP2InferStrategy(role, config, vocabulary, device)
+        case "megatron_infer":
+            from roll_opd.distributed.strategy.megatron.strategy import MegatronInferStrategy
+
+            return MegatronInferStrategy(role, config, vocabulary, device)
+    raise _unknown(role, config, "hf_infer, fsdp2_infer, megatron_infer, vllm or remote")
 
 
 def build_train_strategy(
@@ -74,11 +107,15 @@ def build_train_strategy(
     total_updates: int,
 ) -> TrainStrategy:
     """Build the backend of a trained role; the process group must exist."""
-    if _name(config) == "fsdp2_train":
-        from roll_opd.distributed.strategy.fsdp2 import FSDP2Strategy
-
-        return FSDP2Strategy(role, config, vocabulary, device, max_grad_norm=max_grad_norm, total_updates=total_updates)
-    raise _unknown(role, config, "fsdp2_train")
+    build: Callable[..., TrainStrategy]
+    match _name(config):
+        case "fsdp2_train":
+            from roll_opd.distributed.strategy.fsdp2 import FSDP2Strategy as build
+        case "megatron_train":
+            from roll_opd.distributed.strategy.megatron.strategy import MegatronTrainStrategy as build
+        case _:
+            raise _unknown(role, config, "fsdp2_train or megatron_train")
+    return build(role, config, vocabulary, device, max_grad_norm=max_grad_norm, total_updates=total_updates)
 
 
 def build_value_strategy(

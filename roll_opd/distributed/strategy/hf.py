@@ -52,7 +52,7 @@ class HFStrategy:
     def __init__(
         self, role: str, config: WorkerConfig, vocabulary: Vocabulary, device: torch.device, *, generates: bool
     ) -> None:
-        self.config = config
+        self.role, self.config, self.device = role, config, device
         self.vocabulary = vocabulary
         self.model: PackedModel = load_model(
             config.model_args, role=role, vocab_size=vocabulary.size, device=device
@@ -107,7 +107,8 @@ class HFStrategy:
     def head(self) -> HeadWeights:
         """See :class:`~roll_opd.distributed.strategy.base.ScoreStrategy`."""
         head = self.model.head()
-        return HeadWeights(raw_of(head.weight_VH), None if head.bias_V is None else raw_of(head.bias_V), head.soft_cap)
+        weight, bias = head.trimmed()
+        return HeadWeights(raw_of(weight), None if bias is None else raw_of(bias), head.soft_cap)
 
     def save_model(self, folder: str) -> None:
         """See :class:`~roll_opd.distributed.strategy.base.ScoreStrategy`."""
@@ -119,6 +120,26 @@ class HFStrategy:
         """See :class:`~roll_opd.distributed.strategy.base.ScoreStrategy`."""
         with self._lock:
             load_model_file(self.model.lm, str(Path(folder) / _WEIGHTS_FILE))
+
+    def restart(self) -> None:
+        """See :class:`~roll_opd.distributed.strategy.base.GenerateStrategy`; the model lives and dies with its worker."""
+        raise GenerationError(f"{self.role}: hf_infer has no engine that could be started again")
+
+    def offload(self, keep_weights: bool = False) -> None:
+        """See :class:`~roll_opd.distributed.strategy.base.Resident`; a scorer or generator has nothing but weights."""
+        if not keep_weights:
+            self._move(torch.device("cpu"))
+
+    def onload(self, weights_only: bool = False) -> None:
+        """See :class:`~roll_opd.distributed.strategy.base.Resident`."""
+        self._move(self.device)
+
+    def _move(self, device: torch.device) -> None:
+        with self._lock:
+            # In place, parameter by parameter: the decoding loop and the name table hold on to these tensors.
+            self.model.to(device)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def begin_weight_update(self, version: int, mix: float = 1.0) -> None:
         """See :class:`~roll_opd.distributed.strategy.base.GenerateStrategy`; waits for what is being generated."""

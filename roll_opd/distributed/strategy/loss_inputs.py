@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from roll_opd.algorithms.chunked_head import FullTarget, Head, HeadOutputs, SupportTarget
@@ -14,6 +15,37 @@ from roll_opd.algorithms.loss import DivergenceLoss, Loss, LossInputs
 from roll_opd.distributed.strategy.base import TrainItem
 from roll_opd.distributed.strategy.packed_model import tensor_of
 from roll_opd.trajectory import REFERENCE, FloatArray, PackedBatch, RawTensor, SupportScores, Trajectory
+
+
+class SampledTokenModel(Protocol):
+    """A model that is asked about the sampled tokens of a packed row; see :class:`PackedModel`."""
+
+    def token_logprobs(
+        self, batch: PackedBatch, divergences: Sequence[FullTarget | SupportTarget]
+    ) -> tuple[HeadOutputs, NDArray[np.int64]]:
+        """Return log-probability, entropy and divergences of the sampled tokens, and their positions."""
+        ...
+
+
+def row_loss(
+    model: SampledTokenModel,
+    items: Sequence[TrainItem],
+    loss: Loss,
+    teacher_heads: Mapping[str, Head],
+    device: torch.device,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a packed row's share of the loss, and per-token quantities of those tokens that count.
+
+    The quantities are those of ``loss``, and ``entropy`` and ``tokens``, which is 1 for each.
+    """
+    row = RowTensors(items, loss, teacher_heads, device)
+    outputs, _ = model.token_logprobs(row.batch, row.targets)
+    losses, stats = loss(row.inputs(outputs))
+    counted = row.token_weights > 0
+    stats = {name: values[counted] for name, values in stats.items()}
+    stats["entropy"] = outputs.entropy_n.detach()[counted]
+    stats["tokens"] = counted[counted].float()
+    return (losses * row.token_weights).sum(), stats
 
 
 class RowTensors:

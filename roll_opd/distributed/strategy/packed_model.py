@@ -62,13 +62,9 @@ class PackedModel(nn.Module):
         self.soft_cap: float | None = getattr(text_config, "final_logit_softcapping", None)
 
     def head(self) -> Head:
-        """Return the output projection, padding trimmed."""
+        """Return the output projection. Its tensors are the parameters themselves, with their padding."""
         projection = self.lm.get_output_embeddings()
-        weight, bias = projection.weight, getattr(projection, "bias", None)
-        if len(weight) > self.vocab_size:
-            # Only then: the gradient of a slice is copied into one of full size, even of a slice that cuts nothing off.
-            weight, bias = weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
-        return Head(weight, bias, self.soft_cap)
+        return Head(projection.weight, getattr(projection, "bias", None), self.soft_cap, self.vocab_size)
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Return the final hidden states ``[N, H]`` of a packed row."""

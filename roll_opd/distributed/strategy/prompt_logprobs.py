@@ -8,9 +8,9 @@ What such an answer cannot hold, and what is made of it:
 
 - *The mass outside the top k* is ``1 - sum p``, which cancels: below :data:`TAIL_FLOOR` it is rounding of the engine's
   softmax. A tail is therefore never less than the floor, unless the set is the whole vocabulary (then -inf).
-- *Padded rows of the head.* vLLM's softmax runs over the ``vocab_size`` of the model's config, ours over the tokenizer's
-  ids, so vLLM's log-probabilities lie lower by ``log(1 - m)``, ``m`` being the mass on padding. In trained models it is
-  next to nothing. Padding that shows among the top k is taken out, the set is that much smaller, and all
+- *Padded rows of the head.* vLLM's softmax runs over the ``vocab_size`` of the model's config, ours over the ids of the
+  tokenizer, so vLLM's log-probabilities are too low: by ``-log(1 - m)``, ``m`` being the mass on padding. In trained
+  models it is next to nothing. Padding that shows among the top k is taken out, the set is that much smaller, and all
   log-probabilities of the position are normalised to what remains: exact if all padding shows, nearer to exact if some
   does. With ``top_k = 0`` none shows, and nothing is corrected.
 - *Entropies* are not known.
@@ -18,7 +18,7 @@ What such an answer cannot hold, and what is made of it:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -53,6 +53,8 @@ class FlatLogprobs(Protocol):
     token_ids: list[int]
     logprobs: list[float]
 
+    def __len__(self) -> int: ...
+
 
 def check_want(role: str, want: ScoreWant) -> None:
     """Refuse what prompt log-probabilities cannot give.
@@ -81,8 +83,8 @@ def score_result(
         vocab_size: largest token id of the tokenizer plus one.
 
     Returns:
-        Log-probabilities; with ``top_k`` also :class:`~roll_opd.trajectory.SupportScores` of ``[n, top_k]``, best first.
-        Ids of probability 0 are not part of a set.
+        Log-probabilities; with ``top_k`` also :class:`~roll_opd.trajectory.SupportScores` of ``[n, top_k]``, best
+        first. Ids of probability 0 are not part of a set.
 
     Raises:
         ValueError: entries are missing, speak about other tokens, or are not log-probabilities of one distribution.
@@ -100,7 +102,9 @@ def score_result(
     set_ids, set_logprobs = ids[:, 1:], logprobs[:, 1:]
     padding = set_ids >= vocab_size
     padded = np.where(padding, np.exp(set_logprobs), 0.0).sum(axis=1)
-    _refuse(padded > PADDING_LIMIT, positions, lambda i: f"{padded[i]:.0%} on ids beyond the vocabulary of {vocab_size}")
+    _refuse(
+        padded > PADDING_LIMIT, positions, lambda i: f"{padded[i]:.0%} on ids beyond the vocabulary of {vocab_size}"
+    )
     logprobs -= np.log1p(-padded)[:, None]
 
     out = np.zeros(len(request.tokens), dtype=np.float32)
@@ -128,19 +132,17 @@ def _from_mappings(entries: Any, tokens: NDArray[Any], positions: NDArray[Any], 
     ids = np.empty((len(positions), top_k + 1), dtype=np.int64)
     logprobs = np.empty((len(positions), top_k + 1), dtype=np.float64)
     for row, position in enumerate(positions):
-        own = int(tokens[position])
+        own, where = int(tokens[position]), _where(position)
         try:
             entry = {int(i): _logprob(e) for i, e in (entries[position] or {}).items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:  # policy: one error for any malformed entry
-            raise ValueError(f"prompt log-probabilities of position {position}: not understood ({error!r})") from error
+            raise ValueError(f"{where}: not understood ({error!r})") from error
         if own not in entry:
-            raise ValueError(f"prompt log-probabilities of position {position}: none of token {own}, which stands there")
+            raise ValueError(f"{where}: none of token {own}, which stands there")
         # The token that stands there is one of the best k, or comes on top of them.
         best = entry if len(entry) == top_k else {i: value for i, value in entry.items() if i != own}
         if len(best) != top_k:
-            raise ValueError(
-                f"prompt log-probabilities of position {position}: {len(entry)} entries, expected {top_k} or {top_k + 1}"
-            )
+            raise ValueError(f"{where}: {len(entry)} entries, expected {top_k} or {top_k + 1}")
         ids[row] = own, *best
         logprobs[row] = entry[own], *best.values()
     return ids, logprobs
@@ -151,15 +153,17 @@ def _logprob(entry: Any) -> float:
 
 
 def _check_table(ids: NDArray[Any], logprobs: NDArray[Any], positions: NDArray[Any], vocab_size: int) -> None:
-    _refuse((ids < 0).any(axis=1), positions, lambda i: f"token id {ids[i].min()}")
+    _refuse(ids.min(axis=1) < 0, positions, lambda i: f"token id {ids[i].min()}")
     _refuse(ids[:, 0] >= vocab_size, positions, lambda i: f"token {ids[i, 0]}, but the vocabulary has {vocab_size}")
     _refuse(np.isnan(logprobs).any(axis=1), positions, lambda i: "not a number")
+    largest = logprobs.max(axis=1)
     total = np.exp(np.minimum(logprobs[:, 1:], 1.0)).sum(axis=1)
+    impossible: NDArray[np.bool_] = (largest > _ROUNDING) | (total > 1.0 + _ROUNDING)
     _refuse(
-        (logprobs > _ROUNDING).any(axis=1) | (total > 1.0 + _ROUNDING),
+        impossible,
         positions,
         lambda i: (
-            f"{logprobs[i].max():.4g} is the largest, and the best sum to a probability of {total[i]:.4g}; these are no "
+            f"{largest[i]:.4g} is the largest, and the best sum to a probability of {total[i]:.4g}; these are no "
             f"log-probabilities (vLLM's logprobs_mode must be raw_logprobs or processed_logprobs)"
         ),
     )
@@ -177,8 +181,12 @@ def _support(ids: NDArray[Any], logprobs: NDArray[Any], positions: NDArray[Any],
     )
 
 
-def _refuse(bad: NDArray[Any], positions: NDArray[Any], why: Any) -> None:
+def _refuse(bad: NDArray[np.bool_], positions: NDArray[Any], why: Callable[[int], str]) -> None:
     """Raise for the first row that is bad; ``why`` says what is wrong with a row."""
     if bad.any():
         first = int(np.argmax(bad))
-        raise ValueError(f"prompt log-probabilities of position {positions[first]}: {why(first)}")
+        raise ValueError(f"{_where(positions[first])}: {why(first)}")
+
+
+def _where(position: int) -> str:
+    return f"prompt log-probabilities of position {position}"

@@ -21,7 +21,7 @@ from roll_opd.pipeline.preflight.setting_checks import SETTING_CHECKS
 from roll_opd.pipeline.reward_pool import RewardPool
 from roll_opd.pipeline.rlvr.prompt_source import PromptSource
 from roll_opd.pipeline.role_clusters import RoleClusters, want_of
-from roll_opd.pipeline.trajectory_stream import Batch, TrajectoryStream
+from roll_opd.pipeline.trajectory_stream import TEACHER_ROLE, Batch, Engines, TrajectoryStream
 from roll_opd.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class RLVRPipeline(BasePipeline):
         filters = any(r.query_filter_config.type != "no_filter" for r in config.rewards.values())
         extra = config.max_additional_running_prompts if config.is_use_additional_prompts else 0
         return TrajectoryStream(
-            generators=clusters.infer.workers,
+            engines=Engines("actor_infer", clusters.infer.workers),
             teachers=clusters.teacher_pool,
             rewards=clusters.reward_pool,
             decode=lambda ids: str(self.tokenizer.decode(ids, skip_special_tokens=True)),
@@ -62,6 +62,8 @@ class RLVRPipeline(BasePipeline):
             contexts=self.source.contexts_of if self.source.contexts else None,
             keep_group=self.keeps if filters and self.signal.uses_rewards else None,
             extra_draws=extra,
+            revive=self._revive,
+            turns=clusters.turns,
             deadline=config.rpc_timeout,
         )
 
@@ -108,12 +110,20 @@ class RLVRPipeline(BasePipeline):
             metrics = validation_metrics(samples, sampling)
             self.report.validation(self.step, metrics, samples, self.tokenizer)
             if validation.teacher_accuracy and not self.report.has("teacher_accuracy"):
-                teachers = [w for name in self.config.teachers for w in self.clusters.scorers[name].workers]
-                by_teacher = self.stream.validate(
-                    self.source.validation, num_samples, sampling, validation.seed, teachers
-                )
-                graded = self.stream.verdicts(by_teacher, patience=None)
+                graded = [t for name in self.config.teachers for t in self._samples_of_teacher(name, sampling)]
                 self.report.note("teacher_accuracy", reward_metrics(graded, "val").get("val/accuracy"))
+
+    def _samples_of_teacher(self, name: str, sampling: Sampling) -> list[Trajectory]:
+        """Let a teacher answer the held-out prompts that it covers; graded."""
+        validation, teacher = self.config.validation, self.config.teachers[name]
+        assert validation is not None
+        prompts = [p for p in self.source.validation if not teacher.tag_included or p.row.tag in teacher.tag_included]
+        if not prompts:
+            return []
+        engines = Engines(TEACHER_ROLE + name, self.clusters.scorers[name].workers)
+        num_samples = validation.generating_args.num_return_sequences or 1
+        batch = self.stream.validate(prompts, num_samples, sampling, validation.seed, engines)
+        return self.stream.verdicts(batch, patience=None)
 
 
 def validation_metrics(samples: list[Trajectory], sampling: Sampling) -> dict[str, float]:

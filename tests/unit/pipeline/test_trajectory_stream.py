@@ -20,10 +20,10 @@ from roll_opd.datasets.prompts import Prompt
 from roll_opd.datasets.rows import Row
 from roll_opd.distributed.cluster import Replica
 from roll_opd.distributed.strategy.base import GenerateRequest, GenerateResult, Sampling
-from roll_opd.errors import GenerationError, TeacherError
+from roll_opd.errors import EngineDiedError, GenerationError, TeacherError
 from roll_opd.pipeline.reward_pool import RewardPool
 from roll_opd.pipeline.teacher_pool import TeacherPool
-from roll_opd.pipeline.trajectory_stream import TrajectoryStream
+from roll_opd.pipeline.trajectory_stream import Engines, TrajectoryStream
 from roll_opd.rewards.base import RewardResult
 from roll_opd.trajectory import TeacherScores, Trajectory, TrajectoryId
 
@@ -82,17 +82,18 @@ def respond(request: GenerateRequest, version: int = 0) -> GenerateResult:
 class Teachers:
     """Records which trajectories are scored together."""
 
-    def __init__(self, block_size: int = 1, error: BaseException | None = None) -> None:
+    def __init__(self, block_size: int = 1, error: BaseException | None = None, names: Sequence[str] = ()) -> None:
         self.block_size = block_size
+        self.names = list(names or ["default"])
         self.error = error
         self.blocks: list[list[TrajectoryId]] = []
 
-    async def score(self, trajectories: Sequence[Trajectory]) -> list[dict[str, TeacherScores]]:
+    async def score(self, trajectories: Sequence[Trajectory], names: Sequence[str]) -> list[dict[str, TeacherScores]]:
         self.blocks.append([t.id for t in trajectories])
         await asyncio.sleep(0)
         if self.error:
             raise self.error
-        return [{"default": TeacherScores(-t.tokens.astype(np.float32))} for t in trajectories]
+        return [{name: TeacherScores(-t.tokens.astype(np.float32)) for name in names} for t in trajectories]
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def make_stream():
             "sampling": Sampling(max_new_tokens=8),
             "deadline": 20.0,
         } | settings
-        streams.append(TrajectoryStream(generators=engines, teachers=teachers or Teachers(), **options))
+        streams.append(TrajectoryStream(engines=Engines("actor_infer", engines), teachers=teachers or Teachers(), **options))
         return streams[-1]
 
     yield make
@@ -590,7 +591,7 @@ def test_validation_between_batches(make_stream) -> None:
     ]
     # the same prompts with the same seed: the same samples; from other engines when told so
     assert flat(stream.validate(prompts, 2, greedy, seed=1)) == flat(validated)
-    stream.validate(prompts, 1, greedy, seed=1, generators=[other])
+    stream.validate(prompts, 1, greedy, seed=1, engines=Engines("actor_infer", [other]))
     assert len(other.calls) == 1
     version = 1
     stream.weights_ready(1)
@@ -629,3 +630,115 @@ def test_close_ends_the_thread(make_stream, state) -> None:
     assert time.perf_counter() - began < 5
     assert not stream._thread.is_alive()
     stream.close()  # and again
+
+
+# ---- engines that die ------------------------------------------------------------------------------------------------
+
+
+def died() -> RayTaskError:
+    return RayTaskError("generate", "traceback", EngineDiedError("the engine is gone")).as_instanceof_cause()
+
+
+def dies_after(count: int, times: int = 1) -> Callable[[list[GenerateResult]], Iterable]:
+    """Hand out ``count`` results and die; ``times`` calls long."""
+    calls = itertools.count(1)
+
+    def order(results: list[GenerateResult]) -> Iterable:
+        return [*results[:count], died()] if next(calls) <= times else results
+
+    return order
+
+
+@pytest.mark.parametrize("count", [0, 3, 5])
+def test_what_a_dead_engine_had_not_finished_is_asked_for_again(make_stream, count) -> None:
+    broken, whole = Engine(dies_after(count)), Engine()
+    revived = []
+    batch = one_batch(make_stream([broken, whole], revive=revived.append))
+    assert revived == [broken]
+    first, second = broken.calls
+    assert second == first[count:]
+    assert len(whole.calls) == 1
+    # Each trajectory once, and the same ones as without an accident: seeds belong to requests.
+    assert flat(batch) == flat(one_batch(make_stream([Engine(), Engine()])))
+
+
+def test_an_engine_that_died_over_nothing_is_not_asked_again(make_stream) -> None:
+    broken = Engine(lambda results: [*results, died()])
+    revived = []
+    batch = one_batch(make_stream([broken], revive=revived.append))
+    assert revived == [broken] and len(broken.calls) == 1
+    assert len(batch.trajectories) == 10
+
+
+def test_engines_that_keep_dying_end_the_run(make_stream) -> None:
+    left = [2]
+
+    def revive(_worker) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise GenerationError("3 engines died")
+
+    stream = make_stream([Engine(dies_after(1, times=100))], revive=revive)
+    with pytest.raises(GenerationError, match="3 engines died"):
+        one_batch(stream)
+
+
+def test_without_a_way_back_a_death_is_the_end(make_stream) -> None:
+    with pytest.raises(EngineDiedError, match="the engine is gone"):
+        one_batch(make_stream([Engine(dies_after(1))]))
+
+
+# ---- roles that share devices ----------------------------------------------------------------------------------------
+
+
+class Devices:
+    """Stands in for the turns: one list of what happened, shared with the teachers and the engine."""
+
+    sharing = ("actor_infer", "teacher-near", "teacher-nearer")
+
+    def __init__(self, log: list) -> None:
+        self.log = log
+
+    def waves(self, first: Sequence[str], names: Sequence[str]) -> list[list[str]]:
+        far = [n for n in names if n not in self.sharing]
+        near = [[n] for n in names if n in self.sharing]
+        return [far, *near] if first else [[*far, *near[0]], *near[1:]]
+
+    def take(self, *names: str) -> None:
+        self.log.append(("take", *names))
+
+
+def test_teachers_on_the_engine_s_devices_score_once_it_has_drained(make_stream) -> None:
+    log: list = []
+
+    class Logging(Teachers):
+        async def score(self, trajectories, names):
+            log.append(("score", *names))
+            return await super().score(trajectories, names)
+
+    def order(results: list[GenerateResult]) -> Iterable:
+        for i, result in enumerate(results):
+            if i == len(results) - 1:
+                log.append("drained")
+            yield result
+
+    teachers = Logging(block_size=4, names=["far", "near", "nearer"])
+    batch = one_batch(make_stream([Engine(order)], teachers, turns=Devices(log)))
+    assert log[0] == ("take", "actor_infer", "teacher-far")
+    assert log.index(("score", "far")) < log.index("drained") < log.index(("take", "teacher-near"))
+    after = log[log.index(("take", "teacher-near")) :]
+    assert after == [
+        ("take", "teacher-near"), *[("score", "near")] * 3, ("take", "teacher-nearer"), *[("score", "nearer")] * 3,
+    ]  # fmt: skip
+    assert all(sorted(t.teacher_scores) == ["far", "near", "nearer"] for t in batch.trajectories)
+
+
+def test_scoring_again_takes_turns_too(make_stream) -> None:
+    log: list = []
+    teachers = Teachers(names=["far", "near", "nearer"])
+    stream = make_stream([Engine()], teachers, turns=Devices(log))
+    batch = one_batch(stream)
+    log.clear()
+    again = stream.score_again(batch.trajectories)
+    assert log == [("take", "teacher-far", "teacher-near"), ("take", "teacher-nearer")]
+    assert all(sorted(t.teacher_scores) == ["far", "near", "nearer"] for t in again)

@@ -188,8 +188,8 @@ def test_what_is_announced_is_weight_times_coefficient(items, student, random_st
         assert np.concatenate(expected) == pytest.approx(target.weights_m.numpy(), rel=1e-6)
 
 
-def test_a_head_that_needs_no_trimming_is_the_parameter_itself(student) -> None:
-    """The gradient of a slice is copied into one of full size, even of a slice that cuts nothing off."""
-    parameter = student.model.lm.get_output_embeddings().weight
-    assert len(student.model.head().weight_VH) == VOCAB < len(parameter)
-    assert PackedModel(student.model.lm, len(parameter)).head().weight_VH is parameter
+def test_the_head_is_the_parameter_itself_with_its_padding(student) -> None:
+    """The gradient of a slice would be copied into one of full size."""
+    parameter, head = student.model.lm.get_output_embeddings().weight, student.model.head()
+    assert head.weight_VH is parameter
+    assert head.total == head.rows == len(head.trimmed()[0]) == VOCAB < len(parameter)
