@@ -35,6 +35,9 @@ TITLES = {
     "DataArguments": "`<role>.data_args`",
     "GeneratingArguments": "`<role>.generating_args`",
     "StrategyArguments": "`<role>.strategy_args`",
+    "VLLMSettings": "`<role>.strategy_args.strategy_config` of `vllm`",
+    "MegatronSettings": "`<role>.strategy_args.strategy_config` of `megatron_train` and `megatron_infer`",
+    "FSDP2Settings": "`<role>.strategy_args.strategy_config` of `fsdp2_train` and `fsdp2_infer`",
     "SequencePackingArguments": "`<role>.sequence_packing_args`",
     "TrainInferCorrectionArguments": "`train_infer_correction`",
     "TrainInferWeightArguments": "`train_infer_correction.is_weight`",
@@ -103,7 +106,7 @@ def rows(cls: str) -> Iterator[str]:
 def render() -> str:
     """The whole generated part."""
     parts = []
-    for cls in ROLL_KEYS:
+    for cls in TITLES:
         theirs = ROLL_CLASSES.get(cls, cls)
         parts.append(f"### {TITLES[cls]}\n\nIn ROLL: {theirs}.")
         if cls in ("AgenticConfig", "EnvManagerConfig") and "agentic" not in launch_checks.RUNNABLE_PIPELINES:

@@ -25,6 +25,17 @@ Gradients with respect to ``z``; ``s_b = dD/dlog P_b`` is :func:`~roll_opd.algor
 - soft cap ``z = cap tanh(raw / cap)``: times ``1 - (z / cap)^2``
 
 Teachers' tensors never get gradients.
+
+The vocabulary may be split over ranks (:class:`~roll_opd.algorithms.projection.VocabShard`). A chunk is then ``ranks``
+times as many tokens, each rank holds ``[c, V / ranks]`` of it, and what is summed over ``v`` above is summed over the
+ranks as well. In one chunk they talk to each other
+
+- for the normaliser of the student, and of each teacher of a whole vocabulary: the largest logit of each shard and the
+  mass relative to it
+- for ``sum_u s_u``, where a gradient is made (the forward KL's is known)
+- for the log-probabilities of a set, and once for the mass of its tail
+
+and once a call for log-probabilities, entropies and divergences. What is made of these numbers is made on every rank.
 """
 
 from __future__ import annotations
@@ -82,7 +93,10 @@ roundings in fp32. This bounds the relative error of what is kept."""
 
 @dataclass(frozen=True)
 class HeadOutputs:
-    """One number a token, float32 (float64 for float64 inputs): ``[n]`` each, ``divergences`` 0 where not covered."""
+    """One number a token, float32 (float64 for float64 inputs): ``[n]`` each, ``divergences`` 0 where not covered.
+
+    The same on all ranks that share a vocabulary.
+    """
 
     logprobs_n: Tensor
     entropy_n: Tensor
@@ -102,16 +116,20 @@ def head_outputs(
     Differentiable once, with respect to ``hidden_nH``, ``head.weight_VH`` and ``head.bias_V``. Products are formed in
     the dtype of the inputs, softmax and divergence in float32, the head's gradient is summed in float32.
 
+    Where the head is one of several shards, all ranks give the same hidden states, targets and divergences, make the
+    same loss of what they get, and go backward. The gradient by ``hidden_nH`` is then what this shard's ids contribute:
+    the caller sums it over the ranks. That by the head is complete.
+
     Args:
         hidden_nH: final hidden states, already shifted to the position that predicts the target.
-        head: the student's.
+        head: the student's, whole or one of its shards.
         targets_n: int64 token ids.
-        divergences: what to compare with, any number of teachers.
-        chunk_tokens: tokens whose logits are held at a time.
+        divergences: what to compare with, any number of teachers. Their heads are cut like the student's.
+        chunk_tokens: tokens whose logits are held at a time; as many times more as there are shards.
 
     Raises:
-        ValueError: shapes or vocabularies that do not fit together, an unknown divergence, a ``jsd_beta`` outside
-            (0, 1).
+        ValueError: shapes or vocabularies that do not fit together, ids beyond the vocabulary, an unknown divergence, a
+            ``jsd_beta`` outside (0, 1).
     """
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}, must be at least 1")

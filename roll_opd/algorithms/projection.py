@@ -6,7 +6,7 @@ Shapes: ``n`` tokens, ``c`` rows of a chunk, ``H`` hidden size, ``V`` vocabulary
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -81,9 +81,10 @@ class Head:
         """How many ids of the vocabulary are held here; may be 0."""
         return max(0, min(len(self.weight_VH), self.total - self.shard.first))
 
-    def trimmed(self) -> tuple[Tensor, Tensor | None]:
-        """Return weight and bias without the padding, as views. Autograd would copy their gradients into full size."""
-        return self.weight_VH[: self.rows], None if self.bias_V is None else self.bias_V[: self.rows]
+    def trimmed(self) -> Head:
+        """Return views without the padding. Their gradients, unlike this head's, would be copied into full size."""
+        bias = None if self.bias_V is None else self.bias_V[: self.rows]
+        return replace(self, weight_VH=self.weight_VH[: self.rows], bias_V=bias)
 
     def cut_like(self, other: Head) -> Head:
         """Return a copy of those rows of a whole head that ``other`` holds of its own.
@@ -127,14 +128,14 @@ def row_dot(a_cV: Tensor, b_cV: Tensor, scratch_cV: Tensor) -> Tensor:
 
 def fill_logits(hidden_cH: Tensor, head: Head, out: Tensor) -> Tensor:
     """Fill ``out`` with capped logits."""
-    weight_VH, bias_V = head.trimmed()
+    head = head.trimmed()
     if hidden_cH.dtype == out.dtype:
-        torch.mm(hidden_cH, weight_VH.t(), out=out)
-        if bias_V is not None:
-            out.add_(bias_V)
+        torch.mm(hidden_cH, head.weight_VH.t(), out=out)
+        if head.bias_V is not None:
+            out.add_(head.bias_V)
     else:
-        out.copy_(torch.nn.functional.linear(hidden_cH, weight_VH, bias_V))
-    if bias_V is not None:
+        out.copy_(torch.nn.functional.linear(hidden_cH, head.weight_VH, head.bias_V))
+    if head.bias_V is not None:
         # A bias may hold -inf for ids that do not exist: finite, and out of reach, it makes no inf - inf below.
         out.clamp_(min=torch.finfo(out.dtype).min / 4)
     if head.soft_cap is not None:

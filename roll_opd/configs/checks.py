@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from roll_opd.configs.backend_checks import check_backends
 from roll_opd.configs.backends import backend_settings
 from roll_opd.configs.backends.megatron import MegatronSettings
 from roll_opd.configs.builder import did_you_mean
@@ -31,6 +32,7 @@ SCORE_STRATEGIES = ("hf_infer", "fsdp2_infer", "megatron_infer", "vllm", "remote
 def check_config(config: PipelineConfig, raw: Mapping[str, Any], names: Mapping[str, str], warnings: list[str]) -> None:
     """Raise ConfigError for what cannot work; add to ``warnings`` what looks wrong but may run."""
     _check_strategies(config, names, warnings)
+    check_backends(config, roles_of(config, names), names, warnings)
     _check_schedules(config, names, warnings)
     _check_lengths(config, names, warnings)
     _check_sampling(config, names)

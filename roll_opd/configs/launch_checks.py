@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from roll_opd.configs.backends import SETTINGS, backend_settings
+from roll_opd.configs.backends.megatron import MegatronSettings
+from roll_opd.configs.backends.vllm import VLLMSettings
 from roll_opd.configs.checks import roles_of
 from roll_opd.configs.data_args import DataArguments
 from roll_opd.configs.loader import LoadedConfig
 from roll_opd.configs.pipeline_config import PipelineConfig, RLVRConfig
-from roll_opd.configs.worker_config import WorkerConfig
+from roll_opd.configs.worker_config import TeacherConfig, WorkerConfig
 from roll_opd.errors import ConfigError
 
 # Whoever makes a strategy or a value run adds it here, and its refusal disappears.
 RUNNABLE_STRATEGIES: dict[str, tuple[str, ...]] = {
-    "actor_train": ("fsdp2_train",),
-    "actor_infer": ("hf_infer",),
-    "teacher": ("hf_infer",),
-    "reference": ("hf_infer",),
+    "actor_train": ("fsdp2_train", "megatron_train"),
+    "actor_infer": ("vllm", "hf_infer"),
+    "teacher": ("hf_infer", "fsdp2_infer", "megatron_infer", "vllm", "remote"),
+    "reference": ("hf_infer", "fsdp2_infer", "megatron_infer", "vllm", "remote"),
     "critic": ("fsdp2_train",),
 }
 RUNNABLE_PIPELINES = ("rlvr",)
@@ -54,6 +57,10 @@ NOT_YET_MODEL = [
     "chat_template",
     "additional_target",
 ]
+# Of these, what a strategy reads for the student that it trains.
+READ_MODEL: dict[str, tuple[str, ...]] = {"fsdp2_train": ("lora_target",)}
+# Of these, what the student's generator may repeat without effect: it gets whole weights, adapters merged into them.
+MERGED_MODEL = ("lora_target", "adapter_name_or_path", "additional_target", "freeze_module_prefix")
 NOT_YET_GENERATING = ["min_p", "repetition_penalty", "ignore_eos", "include_stop_str_in_output"]
 # For roles that hold a model; a reward's class is read.
 NOT_YET_WORKER = ["worker_cls"]
@@ -70,8 +77,6 @@ NOT_YET_REWARD = [
     "judge_api_url",
     "judge_api_key",
 ]
-# Strategies that have no settings of their own.
-WITHOUT_STRATEGY_CONFIG = ("hf_infer", "fsdp2_train")
 # Settings that only affect speed or memory and that nothing reads yet; whoever reads one removes it here.
 UNREAD_PIPELINE = ["val_batch_size"]
 UNREAD_WORKER = [
@@ -85,6 +90,8 @@ UNREAD_MODEL = ["attn_implementation"]
 UNREAD_PACKING = ["algorithm", "min_num_micro_batches_forward", "min_num_micro_batches_train"]
 UNREAD_DATA = ["preprocessing_num_workers"]
 _SUFFIX = "is not run by this version yet"
+# How ROLL writes a dtype in `strategy_config`.
+_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def starts_critic(config: PipelineConfig) -> bool:
@@ -112,8 +119,8 @@ def launch_blockers(loaded: LoadedConfig) -> list[ConfigError]:
     found += _changed(config, NOT_YET, "")
     for path, worker in launched_roles(config, names).items():
         found += _changed(worker, NOT_YET_WORKER, path)
-        found += _changed(worker.model_args, NOT_YET_MODEL, f"{path}.model_args")
-        found += _backend_settings(worker, path)
+        found += _model(config, worker, path)
+        found += _backend(config, worker, path)
     found += _changed(config.actor_infer.generating_args, NOT_YET_GENERATING, f"{names['actor_infer']}.generating_args")
     if config.validation is not None:
         found += _changed(config.validation.generating_args, NOT_YET_GENERATING, "validation.generating_args")
@@ -171,22 +178,71 @@ def _data_blocks(config: PipelineConfig, names: Mapping[str, str]) -> dict[str, 
     return {path: data for path, data in blocks.items() if data is not None}
 
 
-def _backend_settings(worker: WorkerConfig, path: str) -> list[ConfigError]:
-    """Refuse what the role's strategy would ignore or cannot do."""
+def _model(config: PipelineConfig, worker: WorkerConfig, path: str) -> list[ConfigError]:
+    """Refuse what the role's strategy would leave out of its model."""
     assert worker.strategy_args is not None
     strategy = worker.strategy_args.strategy_name
-    found = []
-    if strategy in WITHOUT_STRATEGY_CONFIG:
-        for key in worker.strategy_args.strategy_config:
-            problem = f"{strategy} has no settings of its own and would ignore this one; remove it"
-            found.append(ConfigError(f"{path}.strategy_args.strategy_config.{key}", problem))
-    if strategy == "fsdp2_train" and worker.model_args.dtype == "fp16":
+    trained, sampled = worker is config.actor_train, worker is config.actor_infer
+    read = READ_MODEL.get(strategy, ()) if trained else MERGED_MODEL if sampled else ()
+    found = _changed(worker.model_args, [key for key in NOT_YET_MODEL if key not in read], f"{path}.model_args")
+    able = {key: [name for name, keys in READ_MODEL.items() if key in keys] for key in NOT_YET_MODEL}
+    for i, error in enumerate(found):
+        key = error.field.rpartition(".")[2]
+        if trained and able[key]:
+            problem = f"{strategy} does not run this setting; use strategy_name {' or '.join(able[key])}, or remove it"
+            found[i] = ConfigError(error.field, problem)
+    return found
+
+
+def _backend(config: PipelineConfig, worker: WorkerConfig, path: str) -> list[ConfigError]:
+    """Refuse what the role's strategy cannot do."""
+    assert worker.strategy_args is not None
+    strategy, where = worker.strategy_args.strategy_name, f"{path}.strategy_args.strategy_config"
+    found = [
+        ConfigError(f"{where}.{key}", f"{value!r} contradicts {other}: {decides!r}, which decides; make them agree")
+        for key, value, other, decides in _said_twice(config, worker, path)
+        if value is not None and value != decides
+    ]
+    if strategy.endswith("_train") and worker.model_args.dtype == "fp16":
         problem = f"training in 'fp16' needs loss scaling, which {_SUFFIX}; use bf16 or fp32"
         found.append(ConfigError(f"{path}.model_args.dtype", problem))
     if strategy == "hf_infer" and worker.num_gpus_per_worker > 1:
-        problem = f"a model over several devices {_SUFFIX} with hf_infer; use 1"
+        problem = f"a model over several devices {_SUFFIX} with hf_infer; use 1, or fsdp2_infer or vllm"
         found.append(ConfigError(f"{path}.num_gpus_per_worker", problem))
+    settings = backend_settings(worker.strategy_args) if strategy in SETTINGS else None
+    if isinstance(settings, MegatronSettings) and settings.context_parallel_size > 1:
+        problem = f"more than 1 {_SUFFIX}; for long sequences use tensor_model_parallel_size and sequence_parallel"
+        found.append(ConfigError(f"{where}.context_parallel_size", problem))
+    if isinstance(settings, VLLMSettings):
+        longest, what = _longest_sequence(config, worker)
+        if settings.max_model_len is not None and settings.max_model_len < longest:
+            problem = f"{settings.max_model_len} is less than the {longest} tokens of {what}"
+            found.append(ConfigError(f"{where}.max_model_len", f"{problem}; raise it, or remove it"))
     return found
+
+
+def _longest_sequence(config: PipelineConfig, worker: WorkerConfig) -> tuple[int, str]:
+    """Tokens that an engine must have room for, and what they are."""
+    whole, response = config.sequence_length or 0, config.response_length or 0
+    if config.pipeline == "rlvr":
+        whole = config.prompt_length + response
+    if isinstance(worker, TeacherConfig) and worker.teacher_args.context_template is not None:
+        context = worker.teacher_args.context_length or 2 * config.prompt_length
+        return context + response, "the teacher's prompt and a response"
+    return whole, "prompt_length + response_length" if config.pipeline == "rlvr" else "sequence_length"
+
+
+def _said_twice(config: PipelineConfig, worker: WorkerConfig, path: str) -> Iterator[tuple[str, Any, str, Any]]:
+    """Settings that ROLL's backends have beside one that decides here: key, value, the other one's path and value."""
+    assert worker.strategy_args is not None
+    given, dtype = worker.strategy_args.strategy_config, worker.model_args.dtype
+    if worker.strategy_args.strategy_name.endswith("_train"):
+        yield "max_grad_norm", given.get("max_grad_norm"), "max_grad_norm", config.max_grad_norm
+    param = given.get("param_dtype")
+    yield "param_dtype", _DTYPES.get(str(param), param), f"{path}.model_args.dtype", dtype
+    for name in ("bf16", "fp16"):
+        if given.get(name) is True:
+            yield name, name, f"{path}.model_args.dtype", dtype
 
 
 def _strategies(loaded: LoadedConfig) -> list[ConfigError]:

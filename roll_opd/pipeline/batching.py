@@ -8,6 +8,7 @@ from typing import TypeVar
 from roll_opd.algorithms.aggregation import sequence_weights
 from roll_opd.configs.worker_config import WorkerConfig
 from roll_opd.distributed.strategy.base import TrainItem
+from roll_opd.distributed.strategy.row_packing import RowLimits, balanced, rows_by_length
 from roll_opd.trajectory import Trajectory
 
 T = TypeVar("T")
@@ -41,31 +42,25 @@ def micro_batches(
 ) -> list[list[list[TrainItem]]]:
     """Return, for each rank, equally many micro-batches of items with their global token weights.
 
-    A micro-batch holds ``per_device_train_batch_size`` trajectories or, with ``use_sequence_packing``, as many as fit
-    into ``max_packed_sequence_length_train`` tokens. A rank that runs out gets an item of weight 0: collectives need
-    every rank, the loss must not notice.
+    What a micro-batch holds is said by :meth:`RowLimits.of_training`. Balanced ones have about equally many tokens, and
+    so have the ranks. A rank that runs out gets an item of weight 0: collectives need every rank, the loss must not
+    notice.
     """
     weights = sequence_weights(loss_agg_mode, [t.response_length for t in mini_batch], max_length)
     items = [TrainItem(t, w if t.trained else 0.0) for t, w in zip(mini_batch, weights, strict=True)]
-    ranks = [list(_cut(share, config)) for share in rank_shares(items, num_ranks)]
-    most = max(len(batches) for batches in ranks)
+    limits = RowLimits.of_training(config)
+    if limits.balanced:
+        shares = [[items[i] for i in part] for part in balanced([len(t) for t in mini_batch], num_ranks)]
+    else:
+        shares = rank_shares(items, num_ranks)
+    lengths = [[len(item.trajectory) for item in share] for share in shares]
+    most = max(len(rows_by_length(each, limits)) for each in lengths)
+    ranks = [
+        [[share[i] for i in row] for row in rows_by_length(each, limits, at_least=most)]
+        for share, each in zip(shares, lengths, strict=True)
+    ]
+    most = max(len(rows) for rows in ranks)
     shortest = min(mini_batch, key=len)
-    for batches in ranks:
-        batches.extend([TrainItem(shortest, 0.0)] for _ in range(most - len(batches)))
+    for rows in ranks:
+        rows.extend([TrainItem(shortest, 0.0)] for _ in range(most - len(rows)))
     return ranks
-
-
-def _cut(items: list[TrainItem], config: WorkerConfig) -> Iterator[list[TrainItem]]:
-    budget = config.sequence_packing_args.max_packed_sequence_length_train if config.use_sequence_packing else None
-    row: list[TrainItem] = []
-    tokens = 0
-    for item in items:
-        length = len(item.trajectory)
-        full = tokens + length > budget if budget else len(row) == config.training_args.per_device_train_batch_size
-        if row and full:
-            yield row
-            row, tokens = [], 0
-        row.append(item)
-        tokens += length
-    if row:
-        yield row

@@ -487,9 +487,7 @@ class TrajectoryStream:
     async def _score_block(self, trajectories: list[Trajectory], names: Collection[str]) -> list[Trajectory]:
         """Add the scores of the teachers ``names``."""
         scores = await self.teachers.score(trajectories, names)
-        return [
-            replace(t, teacher_scores={**t.teacher_scores, **s}) for t, s in zip(trajectories, scores, strict=True)
-        ]
+        return [replace(t, teacher_scores={**t.teacher_scores, **s}) for t, s in zip(trajectories, scores, strict=True)]
 
     # ---- devices -------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import ray
 from ray.exceptions import ObjectLostError
@@ -18,15 +18,16 @@ from roll_opd.distributed.strategy.base import (
     SAMPLED_ONLY,
     GenerateRequest,
     GenerateResult,
+    GenerateStrategy,
     HeadWeights,
     ScoreRequest,
     ScoreResult,
+    ScoreStrategy,
     ScoreWant,
     TrainItem,
     WeightBucket,
 )
 from roll_opd.distributed.strategy.factory import (
-    InferStrategy,
     build_infer_strategy,
     build_train_strategy,
     build_value_strategy,
@@ -64,20 +65,23 @@ class InferWorker(Worker):
         threads = SIDE_BY_SIDE.get(config.strategy_args.strategy_name, 1)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="strategy")
 
-        def load() -> InferStrategy:
+        def load() -> ScoreStrategy:
             vocabulary = vocabulary_of(load_tokenizer(student, yaml_name), student)
             return build_infer_strategy(
                 yaml_name, config, vocabulary, self.device, generates=generates, max_length=max_length
             )
 
         self.strategy = await self._call(load)
+        # A backend that only scores is never asked to sample, and none but a self-teacher follows the student: see the
+        # checks of the config.
+        self._engine = cast(GenerateStrategy, self.strategy)
 
     async def _call(self, function: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
     async def restart(self) -> None:
         """Replace a dead engine."""
-        await self._call(self.strategy.restart)
+        await self._call(self._engine.restart)
 
     async def offload(self, keep_weights: bool) -> None:
         """Leave the device."""
@@ -89,7 +93,7 @@ class InferWorker(Worker):
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[GenerateResult]:
         """Yield responses as they finish."""
-        async for result in self.strategy.generate(requests):
+        async for result in self._engine.generate(requests):
             yield result
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
@@ -121,19 +125,19 @@ class InferWorker(Worker):
 
     async def weight_dtype(self) -> str:
         """Precision in which weights are held here."""
-        return self.strategy.weight_dtype()
+        return self._engine.weight_dtype()
 
     async def begin_weight_update(self, version: int, mix: float) -> None:
         """Stop serving."""
-        await self._call(self.strategy.begin_weight_update, version, mix)
+        await self._call(self._engine.begin_weight_update, version, mix)
 
     async def load_weights(self, bucket: WeightBucket) -> dict[str, int]:
         """Take over a bucket; return the checksums of what was received."""
-        return await self._call(self.strategy.load_weights, bucket)
+        return await self._call(self._engine.load_weights, bucket)
 
     async def finish_weight_update(self, version: int) -> Mapping[str, int]:
         """Serve again; return the checksums of what is held."""
-        return await self._call(self.strategy.finish_weight_update, version)
+        return await self._call(self._engine.finish_weight_update, version)
 
 
 class TrainWorker(Worker):

@@ -15,6 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from torch_ranks import TorchRanks
+
 REPO = Path(__file__).parents[2]
 LAUNCHER = REPO / "examples" / "start_onpolicy_distill_pipeline.py"
 QUICKSTART = REPO / "examples" / "quickstart"
@@ -127,3 +131,11 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
         if launched.process.poll() is None:
             launched.process.kill()
             launched.process.wait()
+
+
+@pytest.fixture(scope="session")
+def torch_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchRanks]:
+    """Rank processes for strategies that need several, without Ray."""
+    ranks = TorchRanks(tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.stop()

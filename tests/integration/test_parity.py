@@ -191,7 +191,7 @@ def teacher(cluster):
         infer_batch_size=5,
     )
     started = cluster("teacher", InferWorker, config)
-    started.call_all("setup", "teacher", config, MODEL, False)
+    started.call_all("setup", "teacher", config, MODEL, False, 128)
     yield config, started
     started.stop()
 
@@ -314,7 +314,7 @@ def test_generator_equals_trainer_after_weight_sync(cluster, trainers: dict, ran
     config = WorkerConfig(name="student_infer", model_args=MODEL, world_size=1, infer_batch_size=3,
                           strategy_args=StrategyArguments(strategy_name="hf_infer"))  # fmt: skip
     infer = cluster("actor_infer", InferWorker, config)
-    infer.call_all("setup", "student_infer", config, MODEL, True)
+    infer.call_all("setup", "student_infer", config, MODEL, True, 64)
 
     def engine_scores() -> list[np.ndarray]:
         requests = [ScoreRequest(t.id, t.tokens, t.response_mask) for t in items]

@@ -189,24 +189,8 @@ class Resident(Protocol):
 
 
 @runtime_checkable
-class GenerateStrategy(Resident, Protocol):
-    """Samples responses."""
-
-    def generate(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[GenerateResult]:
-        """Yield results as sequences finish. Closing the iterator aborts what has not finished.
-
-        The requests come as one sorted list, so that an engine that forms its own batches forms the same ones when
-        a run is repeated.
-
-        Raises:
-            EngineDiedError: the engine is gone; what was yielded before stands, the rest is to be asked for again once
-                :meth:`restart` and a weight update have brought an engine back.
-        """
-        ...
-
-    def restart(self) -> None:
-        """Replace a dead engine. The new one does not serve before a weight update has finished."""
-        ...
+class TakesWeights(Protocol):
+    """What follows the trainer: a generator, or a teacher that is the student."""
 
     def weight_dtype(self) -> str:
         """The dtype in which weights are held, as torch names it (``float32``)."""
@@ -226,6 +210,27 @@ class GenerateStrategy(Resident, Protocol):
 
     def finish_weight_update(self, version: int) -> Mapping[str, int]:
         """Serve again, with weights ``version``; return the checksum of each tensor as it is now held."""
+        ...
+
+
+@runtime_checkable
+class GenerateStrategy(Resident, TakesWeights, Protocol):
+    """Samples responses."""
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[GenerateResult]:
+        """Yield results as sequences finish. Closing the iterator aborts what has not finished.
+
+        The requests come as one sorted list, so that an engine that forms its own batches forms the same ones when
+        a run is repeated.
+
+        Raises:
+            EngineDiedError: the engine is gone; what was yielded before stands, the rest is to be asked for again once
+                :meth:`restart` and a weight update have brought an engine back.
+        """
+        ...
+
+    def restart(self) -> None:
+        """Replace a dead engine. The new one does not serve before a weight update has finished."""
         ...
 
 

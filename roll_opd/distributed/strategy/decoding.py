@@ -121,8 +121,8 @@ class DecodingLoop:
         output = self.model.lm.base_model(
             input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
         )
-        head = self.model.head()
-        logits = torch.nn.functional.linear(output.last_hidden_state[:, -1], *head.trimmed()).float()
+        head = self.model.head().trimmed()
+        logits = torch.nn.functional.linear(output.last_hidden_state[:, -1], head.weight_VH, head.bias_V).float()
         cap = head.soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -12,7 +12,6 @@ import torch
 
 from roll_opd.configs.worker_config import WorkerConfig
 from roll_opd.distributed.strategy.base import (
-    GenerateStrategy,
     Resident,
     ScoreRequest,
     ScoreStrategy,
@@ -22,10 +21,6 @@ from roll_opd.distributed.strategy.base import (
 from roll_opd.distributed.strategy.tokenizer import Vocabulary
 from roll_opd.errors import ConfigError
 from roll_opd.trajectory import FloatArray
-
-
-class InferStrategy(GenerateStrategy, ScoreStrategy, Protocol):
-    """What ``actor_infer`` and the teachers are served by."""
 
 
 class ValueStrategy(Resident, Protocol):
@@ -62,8 +57,10 @@ def build_infer_strategy(
     *,
     generates: bool,
     max_length: int,
-) -> InferStrategy:
+) -> ScoreStrategy:
     """Build the backend of a generating or scoring role; for a sharded one the process group must exist.
+
+    What can generate is a :class:`~roll_opd.distributed.strategy.base.GenerateStrategy` as well.
 
     Args:
         role: named in messages.
@@ -110,9 +107,13 @@ def build_train_strategy(
     build: Callable[..., TrainStrategy]
     match _name(config):
         case "fsdp2_train":
-            from roll_opd.distributed.strategy.fsdp2 import FSDP2Strategy as build
+            from roll_opd.distributed.strategy.fsdp2 import FSDP2Strategy
+
+            build = FSDP2Strategy
         case "megatron_train":
-            from roll_opd.distributed.strategy.megatron.strategy import MegatronTrainStrategy as build
+            from roll_opd.distributed.strategy.megatron.strategy import MegatronTrainStrategy
+
+            build = MegatronTrainStrategy
         case _:
             raise _unknown(role, config, "fsdp2_train or megatron_train")
     return build(role, config, vocabulary, device, max_grad_norm=max_grad_norm, total_updates=total_updates)

@@ -106,9 +106,8 @@ class HFStrategy:
 
     def head(self) -> HeadWeights:
         """See :class:`~roll_opd.distributed.strategy.base.ScoreStrategy`."""
-        head = self.model.head()
-        weight, bias = head.trimmed()
-        return HeadWeights(raw_of(weight), None if bias is None else raw_of(bias), head.soft_cap)
+        head = self.model.head().trimmed()
+        return HeadWeights(raw_of(head.weight_VH), None if head.bias_V is None else raw_of(head.bias_V), head.soft_cap)
 
     def save_model(self, folder: str) -> None:
         """See :class:`~roll_opd.distributed.strategy.base.ScoreStrategy`."""
@@ -122,7 +121,7 @@ class HFStrategy:
             load_model_file(self.model.lm, str(Path(folder) / _WEIGHTS_FILE))
 
     def restart(self) -> None:
-        """See :class:`~roll_opd.distributed.strategy.base.GenerateStrategy`; the model lives and dies with its worker."""
+        """Refuse: the model lives and dies with its worker."""
         raise GenerationError(f"{self.role}: hf_infer has no engine that could be started again")
 
     def offload(self, keep_weights: bool = False) -> None:

@@ -17,16 +17,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from roll_opd.algorithms.chunked_head import FullTarget, Head, HeadOutputs, SupportTarget, head_outputs
 from roll_opd.configs.model_args import ModelArguments
-from roll_opd.distributed.strategy import attention
 from roll_opd.distributed.strategy.base import HeadWeights
-from roll_opd.distributed.strategy.pretrained import load_pretrained
+from roll_opd.distributed.strategy.pretrained import DTYPES, Checkpoint
 from roll_opd.errors import ModelError
 from roll_opd.trajectory import PackedBatch, RawTensor
 
 Apply = Callable[[Tensor, Head, Tensor], Any]
 """What to compute at the head: hidden states ``[n, H]``, the head, target ids ``[n]``."""
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def shifted(batch: PackedBatch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -116,7 +113,14 @@ class PackedModel(nn.Module):
 
 
 def load_model(
-    args: ModelArguments, *, role: str, vocab_size: int, device: torch.device, dtype: torch.dtype | None = None
+    args: ModelArguments,
+    *,
+    role: str,
+    vocab_size: int,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    decodes: bool = False,
+    logits_in_fp32: bool = False,
 ) -> PackedModel:
     """Load a causal language model and check that our forward is its forward.
 
@@ -125,48 +129,61 @@ def load_model(
         role: named in error messages.
         vocab_size: size of the tokenizer's vocabulary.
         device: where the parameters are put.
-        dtype: overrides ``args.dtype`` (a trainer keeps fp32 masters).
+        dtype: of the parameters; by default the one in ``args``.
+        decodes: whether the decoding loop will sample from it.
+        logits_in_fp32: see :class:`PackedModel`.
 
     Raises:
         ModelError: the path does not hold a loadable model, or a model whose head we would compute wrongly.
     """
-    lm, packs, _ = load_pretrained(AutoModelForCausalLM, args, role=role, dtype=dtype or DTYPES[args.dtype])
-    path = args.model_name_or_path
-    if lm.get_output_embeddings() is None:
-        raise ModelError(f"{role}.model_args.model_name_or_path: {path!r} has no language-model head")
-    projection: Any = lm.get_output_embeddings()
-    rows = int(projection.weight.shape[0])
-    if rows < vocab_size:
-        raise ModelError(f"{role}: the head of {path!r} has {rows} rows, the tokenizer {vocab_size} tokens")
-    model = PackedModel(lm, vocab_size, packs).to(device).eval()
-    _check_head(model, role)
+    checkpoint = Checkpoint(AutoModelForCausalLM, args, role=role, device=device, dtype=dtype, decodes=decodes)
+    model = packed_model_of(checkpoint, checkpoint.load(), vocab_size, logits_in_fp32).to(device).eval()
+    check_forward(model, checkpoint, model.lm)
     return model
 
 
-@torch.no_grad()
-def _check_head(model: PackedModel, role: str) -> None:
-    """Compare our log-probabilities with the model's own logits on a few tokens.
+def packed_model_of(
+    checkpoint: Checkpoint, lm: PreTrainedModel, vocab_size: int, logits_in_fp32: bool = False
+) -> PackedModel:
+    """Wrap what ``checkpoint`` gave.
 
-    Some families scale or shift their logits after the head; better to refuse them here than to train on wrong scores.
+    Raises:
+        ModelError: the model has no head, or one that is too small for the tokenizer.
     """
-    device = next(model.parameters()).device
-    tokens = torch.arange(1, 9, device=device) % model.vocab_size
-    if model.packs:
-        # Some families cap or shift their attention scores, which our attention function would not do: ask the
-        # model's own code, not ours.
-        model.lm.set_attn_implementation("eager")
-    logits = model.lm(input_ids=tokens[None], use_cache=False).logits[0]
-    if model.packs:
-        model.lm.set_attn_implementation(attention.NAME)
-    expected = logits[:-1, : model.vocab_size].float().log_softmax(-1).gather(-1, tokens[1:, None]).squeeze(-1)
-    steps = torch.arange(8, device=device)
-    bounds = torch.tensor([0, 8], dtype=torch.int32, device=device)
-    ours = model(tokens, steps, bounds, steps[:-1], steps[1:], apply=head_outputs).logprobs_n
-    tolerance = 1e-3 if logits.dtype == torch.float32 else 0.25
-    if not torch.allclose(ours, expected, atol=tolerance, rtol=0.0):
+    if lm.get_output_embeddings() is None:
+        raise ModelError(f"{checkpoint.field}: {checkpoint.path!r} has no language-model head")
+    projection: Any = lm.get_output_embeddings()
+    rows = int(projection.weight.shape[0])
+    if rows < vocab_size:
         raise ModelError(
-            f"{role}.model_args.model_name_or_path: we do not compute the logits of {type(model.lm).__name__} as it "
-            f"does itself (off by {float((ours - expected).abs().max()):.2g}); this family is not supported"
+            f"{checkpoint.role}: the head of {checkpoint.path!r} has {rows} rows, the tokenizer {vocab_size} tokens"
+        )
+    return PackedModel(lm, vocab_size, checkpoint.packs, logits_in_fp32)
+
+
+@torch.no_grad()
+def check_forward(model: Any, checkpoint: Checkpoint, lm: PreTrainedModel) -> None:
+    """Compare what a model of ours computes on a few tokens with what the transformers model in it does itself.
+
+    Some families scale or shift their logits after the head, or bound attention scores; better to refuse them here than
+    to train on wrong scores.
+
+    Args:
+        model: has a method ``ours_and_own``, like :class:`PackedModel`'s.
+        checkpoint: what it was made from.
+        lm: the transformers model in it.
+
+    Raises:
+        ModelError: the two differ.
+    """
+    vocab_size = lm.get_input_embeddings().num_embeddings
+    tokens = torch.arange(1, 9, device=checkpoint.device) % vocab_size
+    ours, own = model.ours_and_own(tokens)
+    tolerance = 1e-3 if own.dtype == torch.float32 else 0.25
+    if not torch.allclose(ours.float(), own.float(), atol=tolerance, rtol=1e-3):
+        raise ModelError(
+            f"{checkpoint.field}: we do not compute {type(lm).__name__} as it computes itself (off by "
+            f"{float((ours - own).abs().max()):.2g}); this family is not supported"
         )
 
 

@@ -9,10 +9,11 @@ What such an answer cannot hold, and what is made of it:
 - *The mass outside the top k* is ``1 - sum p``, which cancels: below :data:`TAIL_FLOOR` it is rounding of the engine's
   softmax. A tail is therefore never less than the floor, unless the set is the whole vocabulary (then -inf).
 - *Padded rows of the head.* vLLM's softmax runs over the ``vocab_size`` of the model's config, ours over the ids of the
-  tokenizer, so vLLM's log-probabilities are too low: by ``-log(1 - m)``, ``m`` being the mass on padding. In trained
-  models it is next to nothing. Padding that shows among the top k is taken out, the set is that much smaller, and all
-  log-probabilities of the position are normalised to what remains: exact if all padding shows, nearer to exact if some
-  does. With ``top_k = 0`` none shows, and nothing is corrected.
+  tokenizer, so vLLM's log-probabilities are too low: by ``-log(1 - m)``, ``m`` being the mass on padding. It is next to
+  nothing where padding was part of the softmax in training, and anything where it was not. Padding that shows among the
+  top k is taken out, the set is that much smaller, and all log-probabilities of the position are normalised to what
+  remains: exact if all padding shows, nearer to exact if some does. With ``top_k = 0`` none shows, and nothing is
+  corrected.
 - *Entropies* are not known.
 """
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,27 +13,27 @@ from roll_opd.algorithms.chunked_head import Head, head_outputs, support_scores
 from roll_opd.configs.worker_config import WorkerConfig
 from roll_opd.distributed.strategy.base import SAMPLED_ONLY, ScoreRequest, ScoreResult, ScoreWant
 from roll_opd.distributed.strategy.packed_model import PackedModel, raw_of
-from roll_opd.trajectory import PackedBatch, RawTensor, SupportScores
+from roll_opd.distributed.strategy.row_packing import RowLimits, rows_by_length
+from roll_opd.trajectory import PackedBatch, RawTensor, SupportScores, TrajectoryId
+
+T = TypeVar("T")
 
 
-def rows_of(requests: Sequence[ScoreRequest], config: WorkerConfig) -> Iterator[list[ScoreRequest]]:
-    """Cut into packed rows, in the order given.
+def rows_of(requests: Sequence[ScoreRequest], config: WorkerConfig, at_least: int = 1) -> list[list[ScoreRequest]]:
+    """Cut into packed rows, each request into one of them; see :class:`RowLimits` for what a row holds.
 
-    A row holds at most ``infer_batch_size`` sequences, or, with ``use_sequence_packing``, at most
-    ``max_packed_sequence_length_forward`` tokens (a single longer sequence gets a row of its own).
+    Balanced rows are not in the order of the requests: :func:`in_order_of` undoes that. ``at_least`` asks for so many of
+    them, as far as there are requests.
     """
-    budget = config.sequence_packing_args.max_packed_sequence_length_forward if config.use_sequence_packing else None
-    row: list[ScoreRequest] = []
-    tokens = 0
-    for request in requests:
-        full = tokens + len(request.tokens) > budget if budget else len(row) == config.infer_batch_size
-        if row and full:
-            yield row
-            row, tokens = [], 0
-        row.append(request)
-        tokens += len(request.tokens)
-    if row:
-        yield row
+    rows = rows_by_length([len(r.tokens) for r in requests], RowLimits.of_scoring(config), at_least)
+    return [[requests[index] for index in row] for row in rows]
+
+
+def in_order_of(requests: Sequence[ScoreRequest], rows: Sequence[Sequence[ScoreRequest]], results: list[T]) -> list[T]:
+    """Put ``results``, one for each sequence in the rows' order, into the order of ``requests``."""
+    place = {id(request): index for index, request in enumerate(requests)}
+    ordered = sorted(zip((place[id(r)] for row in rows for r in row), results, strict=True), key=lambda pair: pair[0])
+    return [result for _, result in ordered]
 
 
 def score_row(model: PackedModel, row: Sequence[ScoreRequest], want: ScoreWant = SAMPLED_ONLY) -> list[ScoreResult]:
@@ -61,6 +61,12 @@ def score_row(model: PackedModel, row: Sequence[ScoreRequest], want: ScoreWant =
         ScoreResult(r.id, r.checksum, v, e, d)
         for r, v, e, d in zip(row, spread(logprobs), entropies, details, strict=True)
     ]
+
+
+def idle_request() -> ScoreRequest:
+    """A tiny sequence that keeps a rank without work in step with the others; its score is thrown away."""
+    nothing = np.full((1, 1), -1, dtype=np.int32)
+    return ScoreRequest(TrajectoryId(-1, -1), np.zeros(2, dtype=np.int32), np.array([False, True]), nothing)
 
 
 def _details(extra: Any, counts: list[int]) -> Sequence[SupportScores | RawTensor | None]:

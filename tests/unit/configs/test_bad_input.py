@@ -134,7 +134,8 @@ OBJECTIVES = [
      "teacher.strategy_args.strategy_name", "sampled and teacher_topk only"),
     ({"kl_penalty": "full", "opd_args": {"objective": "direct"}, "teacher.strategy_args": {"strategy_name": "vllm"}},
      "teacher.strategy_args.strategy_name", "sampled and teacher_topk only"),
-    ({"teacher": {"a": SINGLE, "b": {**SINGLE, "strategy_args": {"strategy_name": "remote"}}},
+    ({"teacher": {"a": SINGLE, "b": {**SINGLE, "strategy_args": {
+        "strategy_name": "remote", "strategy_config": {"base_url": "http://a:1"}}}},
       "opd_args": {"objective": "direct", "support": "union_topk"}},
      "teacher.b.strategy_args.strategy_name", "needs union_topk; use hf_infer"),
     ({"kl_penalty": "abs", "opd_args": {"objective": "direct"}}, "kl_penalty", "use 'mse', 'k3' or 'full'"),

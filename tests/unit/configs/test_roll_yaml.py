@@ -18,9 +18,17 @@ import yaml
 from config_samples import PURE, RL, changed
 
 from roll_opd import configs
-from roll_opd.configs import agentic_config, build_config, load_config, pipeline_config, render_plan_text, worker_config
+from roll_opd.configs import (
+    agentic_config,
+    backends,
+    build_config,
+    load_config,
+    pipeline_config,
+    render_plan_text,
+    worker_config,
+)
 from roll_opd.configs.builder import did_you_mean, field_types, one_edit_apart
-from roll_opd.configs.roll_compat import ROLL_KEYS, roll_keys
+from roll_opd.configs.roll_compat import ROLL_KEYS, ignored_keys, roll_keys
 from roll_opd.errors import ConfigError
 
 sys.path.insert(0, str(Path(__file__).parent / "roll_yaml"))
@@ -37,7 +45,7 @@ NUM_TYPOS = 20
 
 
 def our_class(name: str) -> type:
-    modules = (configs, agentic_config, pipeline_config, worker_config)
+    modules = (configs, agentic_config, pipeline_config, worker_config, backends)
     return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
@@ -77,6 +85,9 @@ def test_every_key_of_roll_loads(launcher: str, tmp_path: Path) -> None:
     for key, known in roll_keys(configs.WorkerConfig).items():
         if known.status in ("ignored", "planned"):
             assert f"actor_infer.{key}" in told or f"student_infer.{key}" in told, key
+    for backend in (backends.MegatronSettings, backends.VLLMSettings):
+        for key in ignored_keys(backend):
+            assert f"strategy_config.{key}" in told, key
 
 
 @needs_roll
@@ -197,14 +208,11 @@ def test_blocks_without_effect_have_checked_keys() -> None:
 
 
 def test_settings_that_are_handed_on_may_be_new_but_not_misspelled() -> None:
-    path = "student_infer.strategy_args"
-    block = {"strategy_name": "vllm", "strategy_config": {"an_option_of_tomorrow": 1}}
-    assert build_config(changed(PURE, {path: block}), OPD)
-    block = {"strategy_name": "vllm", "strategy_config": {"gpu_memory_utilisation": 0.8}}
+    assert build_config(changed(PURE, {"tracker_kwargs": {"an_option_of_tomorrow": 1}}), OPD)
     with pytest.raises(ConfigError) as caught:
-        build_config(changed(PURE, {path: block}), OPD)
-    assert caught.value.field == f"{path}.strategy_config.gpu_memory_utilisation"
-    assert "did you mean 'gpu_memory_utilization'" in caught.value.problem
+        build_config(changed(PURE, {"tracker_kwargs": {"log_dri": "x"}}), OPD)
+    assert caught.value.field == "tracker_kwargs.log_dri"
+    assert "did you mean 'log_dir'" in caught.value.problem
 
 
 def test_a_misspelled_variable_is_found_where_it_stands(tmp_path: Path) -> None:
@@ -300,7 +308,8 @@ def test_launchers_plan_from_another_folder(launcher: str, tmp_path: Path) -> No
     assert planned.stdout.startswith(f"pipeline: {launcher}")
     launched = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert launched.returncode == 1 and "Traceback" not in launched.stderr and not launched.stdout
-    assert "actor_infer.strategy_args.strategy_name: 'vllm'" in launched.stderr or launcher in launched.stderr
+    expected = {"rlvr": "actor_train.model_args.lora_target: megatron_train", "agentic": "pipeline: 'agentic'"}
+    assert expected[launcher] in launched.stderr
 
 
 # Typos, here and in ROLL's files

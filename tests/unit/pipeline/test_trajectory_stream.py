@@ -109,7 +109,9 @@ def make_stream():
             "sampling": Sampling(max_new_tokens=8),
             "deadline": 20.0,
         } | settings
-        streams.append(TrajectoryStream(engines=Engines("actor_infer", engines), teachers=teachers or Teachers(), **options))
+        streams.append(
+            TrajectoryStream(engines=Engines("actor_infer", engines), teachers=teachers or Teachers(), **options)
+        )
         return streams[-1]
 
     yield make

@@ -136,7 +136,7 @@ def test_a_scorer_in_bf16(vocabulary, tiny_models, sequences) -> None:
     weights = strategy.head()
     assert weights.weight.dtype == "bfloat16" and weights.weight.raw.dtype == np.uint8
     head = head_of(weights, CPU)
-    assert torch.equal(head.weight_VH, strategy.model.head().trimmed()[0])
+    assert torch.equal(head.weight_VH, strategy.model.head().trimmed().weight_VH)
     for request, result in zip(sequences, strategy.score(sequences, WANTS["hidden"]), strict=True):
         hidden = tensor_of(result.details, CPU)
         assert hidden.dtype == torch.bfloat16 and result.details.raw.nbytes == 2 * hidden.numel()

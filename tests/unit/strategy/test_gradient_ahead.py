@@ -192,4 +192,4 @@ def test_the_head_is_the_parameter_itself_with_its_padding(student) -> None:
     """The gradient of a slice would be copied into one of full size."""
     parameter, head = student.model.lm.get_output_embeddings().weight, student.model.head()
     assert head.weight_VH is parameter
-    assert head.total == head.rows == len(head.trimmed()[0]) == VOCAB < len(parameter)
+    assert head.total == head.rows == len(head.trimmed().weight_VH) == VOCAB < len(parameter)

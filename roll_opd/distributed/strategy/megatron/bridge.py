@@ -1,8 +1,8 @@
 """Hugging Face weights to Megatron-core's modules and back, bit for bit.
 
 A matrix of Megatron-core is laid together from Hugging Face's: queries, keys and values group by group, gate and up
-projection shard by shard, the vocabulary filled up until it divides. Each such :class:`Tensor` is written down once, as
-runs of rows (or columns) of the Hugging Face tensors, and cut into equal parts for its ranks. Reading from files, taking
+projection shard by shard, the vocabulary filled up until it divides. Each :class:`Recipe` writes down once of which
+runs of rows (or columns) a tensor consists; it is cut into equal parts for its ranks. Reading from files, taking
 over tensors one by one and exporting are all copies between runs and parts.
 
 Our own table instead of a package: what exists for this Python is unmaintained and has to be corrected in four places
@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,16 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import unwrap_model
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 from roll_opd.configs.backends.megatron import MegatronSettings
-from roll_opd.distributed.strategy.megatron.parallel import expert_tensor_size, virtual_size
+from roll_opd.distributed.strategy.megatron.parallel import expert_tensor_size
 from roll_opd.errors import ModelError
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_OUR_HEAD = "output_layer.weight"
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """A tensor of Megatron-core and where it comes from.
+class Recipe:
+    """What a tensor of Megatron-core is laid together from.
 
     Attributes:
         name: its name in a model that is not split: layers and experts are counted through.
@@ -65,12 +67,14 @@ class Tensor:
     dim: int
     holders: tuple[int, ...]
 
+    def shape(self, length: int) -> tuple[int, ...]:
+        """The shape with ``length`` entries along ``dim``."""
+        return *self.other[: self.dim], length, *self.other[self.dim :]
+
     @property
     def part(self) -> tuple[int, ...]:
         """Shape of a rank's part."""
-        shape = list(self.other)
-        shape.insert(self.dim, sum(run.length for run in self.runs) // len(self.holders))
-        return tuple(shape)
+        return self.shape(sum(run.length for run in self.runs) // len(self.holders))
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Piece:
     length: int
 
     @property
-    def target(self) -> torch.Tensor:
+    def target(self) -> Tensor:
         """The rows of the parameter, as a view."""
         return self.parameter.data.narrow(self.dim, self.at, self.length)
 
@@ -96,24 +100,26 @@ class WeightBridge:
         hf_config: of the model.
         config: what Megatron-core builds it with.
         settings: how it is spread.
-        padded_vocab_size: rows of embedding and head, all ranks together.
+        world_size: over how many ranks.
 
     Attributes:
+        padded_vocab_size: rows of embedding and head, filled up so that the tensor-parallel ranks get equally many.
         aliases: for a tensor that is held once under one name, the further names that it has in Hugging Face's model.
     """
 
     def __init__(
-        self, hf_config: PretrainedConfig, config: TransformerConfig, settings: MegatronSettings, padded_vocab_size: int
+        self, hf_config: PretrainedConfig, config: TransformerConfig, settings: MegatronSettings, world_size: int
     ) -> None:
         self.hf_config = hf_config
         self.tied = bool(hf_config.tie_word_embeddings)
         self.aliases: dict[str, list[str]] = {_EMBEDDING: [_HEAD]} if self.tied else {}
         self._config = config
         self._settings = settings
-        self._padded_vocab_size = padded_vocab_size
+        self._ranks_of_stage = world_size // settings.pipeline_model_parallel_size
+        tensor = settings.tensor_model_parallel_size
+        self.padded_vocab_size = math.ceil(hf_config.vocab_size / tensor) * tensor
         self._layers = _stages_of_layers(config)
-        self._tensors = {t.name: t for t in self._all_tensors()}
-        self._pieces: dict[str, list[Piece]] | None = None
+        self._recipes = {t.name: t for t in self._table()}
 
     # ---- into Megatron-core ------------------------------------------------------------------------------------------
 
@@ -129,40 +135,64 @@ class WeightBridge:
         Raises:
             ModelError: the checkpoint cannot be read, lacks tensors, or has others than a model of its kind.
         """
-        with _Checkpoint(path, field) as files:
-            known = {run.name for t in self._tensors.values() for run in t.runs if run.name} | {_HEAD}
-            files.check(needed=known - ({_HEAD} if self.tied else set()), known=known)
-            for name, pieces in self._by_source(chunks).items():
-                for piece in pieces:
-                    piece.target.copy_(files.rows(name, piece))
+        files = _Checkpoint(path, field)
+        # Some checkpoints of tied models have the head all the same.
+        files.check(self._shapes, spare={_HEAD} if self.tied else set())
+        for parameter in self._local(chunks).values():
+            parameter.data.zero_()  # what nothing is copied to is padding
+        for name, pieces in self._by_source(chunks).items():
+            for piece in pieces:
+                piece.target.copy_(files.rows(name, piece))
 
     @torch.no_grad()
-    def put(self, chunks: Sequence[nn.Module], name: str, tensor: torch.Tensor, mix: float = 1.0) -> None:
-        """Take over this rank's part of one whole Hugging Face tensor; ``mix`` is its share in what is then held."""
-        for piece in self._by_source(chunks).get(name, []):
-            source = tensor.narrow(piece.dim, piece.start, piece.length).to(piece.parameter)
-            piece.target.lerp_(source, mix) if mix < 1.0 else piece.target.copy_(source)
+    def put(self, chunks: Sequence[nn.Module], tensors: Iterable[tuple[str, Tensor]], mix: float = 1.0) -> None:
+        """Take over this rank's parts of whole Hugging Face tensors; ``mix`` is their share in what is then held.
+
+        Raises:
+            ModelError: the model has no such tensor, or has it in another shape.
+        """
+        by_source = self._by_source(chunks)
+        doubles = {alias for aliases in self.aliases.values() for alias in aliases}
+        for name, tensor in tensors:
+            if name in doubles:
+                continue
+            if tuple(tensor.shape) != self._shapes.get(name):
+                raise ModelError(
+                    f"weight update: {name} is {tuple(tensor.shape)}, the model's is {self._shapes.get(name)}"
+                )
+            for piece in by_source.get(name, []):
+                source = tensor.narrow(piece.dim, piece.start, piece.length).to(piece.parameter)
+                piece.target.lerp_(source, mix) if mix < 1.0 else piece.target.copy_(source)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each Hugging Face tensor."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for recipe in self._recipes.values():
+            lengths: dict[str, int] = {}
+            for run in recipe.runs:
+                if run.name is not None:
+                    lengths[run.name] = lengths.get(run.name, 0) + run.length
+            shapes |= {name: recipe.shape(length) for name, length in lengths.items()}
+        return shapes
 
     def _by_source(self, chunks: Sequence[nn.Module]) -> dict[str, list[Piece]]:
         """For each Hugging Face tensor, which parameters of this rank it has a part in."""
-        if self._pieces is None:
-            self._pieces = {}
-            for name, parameter in self._local(chunks).items():
-                tensor = self._tensors[name]
-                assert parameter.shape == tensor.part, f"{name}: {tuple(parameter.shape)} is not {tensor.part}"
-                length = tensor.part[tensor.dim]
-                begin = self._part_index(tensor) * length
-                parameter.data.zero_()  # what no run fills is padding
-                for run, at in _overlaps(tensor.runs, begin, begin + length):
-                    if run.name is not None:
-                        piece = Piece(parameter, tensor.dim, at, run.start, run.length)
-                        self._pieces.setdefault(run.name, []).append(piece)
-        return self._pieces
+        pieces: dict[str, list[Piece]] = {}
+        for name, parameter in self._local(chunks).items():
+            recipe = self._recipes[name]
+            assert parameter.shape == recipe.part, f"{name}: {tuple(parameter.shape)} is not {recipe.part}"
+            length = recipe.part[recipe.dim]
+            begin = self._part_index(recipe) * length
+            for run, at in _overlaps(recipe.runs, begin, begin + length):
+                if run.name is not None:
+                    pieces.setdefault(run.name, []).append(Piece(parameter, recipe.dim, at, run.start, run.length))
+        return pieces
 
     # ---- out of Megatron-core ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def export(self, chunks: Sequence[nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    def export(self, chunks: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor under its Hugging Face name, whole, on global rank 0; the others yield nothing.
 
         All ranks must iterate to the end. The order is the same every time: embedding, layers, norm, head. A tied head
@@ -170,21 +200,21 @@ class WeightBridge:
         """
         rank = dist.get_rank()
         local = self._local(chunks)
-        any_parameter = next(iter(local.values()))
-        for tensor in self._tensors.values():
-            if tensor.name == "output_layer.weight" and self.tied:
+        like = next(iter(local.values())).data
+        for recipe in self._recipes.values():
+            if recipe.name == _OUR_HEAD and self.tied:
                 continue
-            parts: list[torch.Tensor] = []
-            for holder in tensor.holders:
+            parts: list[Tensor] = []
+            for holder in recipe.holders:
                 if rank == holder == 0:
-                    parts.append(local[tensor.name].data)
+                    parts.append(local[recipe.name].data)
                 elif rank == 0:
-                    parts.append(torch.empty(tensor.part, dtype=any_parameter.dtype, device=any_parameter.device))
+                    parts.append(like.new_empty(recipe.part))
                     dist.recv(parts[-1], src=holder)
                 elif rank == holder:
-                    dist.send(local[tensor.name].data.contiguous(), dst=0)
+                    dist.send(local[recipe.name].data.contiguous(), dst=0)
             if rank == 0:
-                yield from _taken_apart(tensor, torch.cat(parts, dim=tensor.dim))
+                yield from _taken_apart(recipe, torch.cat(parts, dim=recipe.dim))
 
     def _local(self, chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
         """This rank's parameters under the names that they have in a model that is not split."""
@@ -205,22 +235,22 @@ class WeightBridge:
                 out[".".join(words)] = parameter
         return out
 
-    def _part_index(self, tensor: Tensor) -> int:
-        """Which part of ``tensor`` this rank holds."""
-        if len(tensor.holders) == 1:
+    def _part_index(self, recipe: Recipe) -> int:
+        """Which part of a tensor this rank holds."""
+        if len(recipe.holders) == 1:
             return 0
-        if ".local_experts." in tensor.name:
+        if ".local_experts." in recipe.name:
             return parallel_state.get_expert_tensor_parallel_rank()
         return parallel_state.get_tensor_model_parallel_rank()
 
     # ---- the table ---------------------------------------------------------------------------------------------------
 
-    def _all_tensors(self) -> Iterator[Tensor]:
+    def _table(self) -> Iterator[Recipe]:
         hidden, vocab = int(self.hf_config.hidden_size), int(self.hf_config.vocab_size)
         last_stage = self._settings.pipeline_model_parallel_size - 1
 
         def vocabulary(source: str) -> tuple[Run, ...]:
-            return Run(source, 0, vocab), Run(None, 0, self._padded_vocab_size - vocab)
+            return Run(source, 0, vocab), Run(None, 0, self.padded_vocab_size - vocab)
 
         yield self._split("embedding.word_embeddings.weight", vocabulary(_EMBEDDING), hidden, 0)
         for layer, stage in enumerate(self._layers):
@@ -229,9 +259,9 @@ class WeightBridge:
         if not self.tied or last_stage > 0:
             # The last stage has a copy of a tied embedding.
             head = _EMBEDDING if self.tied else _HEAD
-            yield self._split("output_layer.weight", vocabulary(head), hidden, last_stage)
+            yield self._split(_OUR_HEAD, vocabulary(head), hidden, last_stage)
 
-    def _layer(self, layer: int, stage: int) -> Iterator[Tensor]:
+    def _layer(self, layer: int, stage: int) -> Iterator[Recipe]:
         config = self._config
         hidden, width = config.hidden_size, config.kv_channels
         heads, groups = config.num_attention_heads, config.num_query_groups
@@ -263,7 +293,9 @@ class WeightBridge:
         if config.num_moe_experts is None:
             yield from self._mlp(f"{ours}mlp.", f"{theirs}mlp.", config.ffn_hidden_size, stage)
             return
-        yield self._whole(f"{ours}mlp.router.weight", f"{theirs}mlp.gate.weight", (config.num_moe_experts, hidden), stage)
+        yield self._whole(
+            f"{ours}mlp.router.weight", f"{theirs}mlp.gate.weight", (config.num_moe_experts, hidden), stage
+        )
         for expert in range(config.num_moe_experts):
             yield from self._mlp(
                 f"{ours}mlp.experts.local_experts.{expert}.",
@@ -275,7 +307,7 @@ class WeightBridge:
 
     def _mlp(
         self, ours: str, theirs: str, width: int | None, stage: int, expert: int | None = None
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[Recipe]:
         assert width is not None
         holders = self._holders(stage, expert)
         part = width // len(holders)
@@ -298,15 +330,15 @@ class WeightBridge:
         *,
         dim: int = 0,
         expert: int | None = None,
-    ) -> Tensor:
-        return Tensor(name, tuple(runs), () if other is None else (other,), dim, self._holders(stage, expert))
+    ) -> Recipe:
+        return Recipe(name, tuple(runs), () if other is None else (other,), dim, self._holders(stage, expert))
 
-    def _whole(self, name: str, source: str, shape: tuple[int, ...], stage: int) -> Tensor:
-        return Tensor(name, (Run(source, 0, shape[0]),), shape[1:], 0, self._holders(stage)[:1])
+    def _whole(self, name: str, source: str, shape: tuple[int, ...], stage: int) -> Recipe:
+        return Recipe(name, (Run(source, 0, shape[0]),), shape[1:], 0, self._holders(stage)[:1])
 
     def _holders(self, stage: int, expert: int | None = None) -> tuple[int, ...]:
         """Ranks of one replica that hold the parts of a tensor; ranks follow each other as ``parallel.ORDER`` says."""
-        first = stage * (dist.get_world_size() // self._settings.pipeline_model_parallel_size)
+        first = stage * self._ranks_of_stage
         size = self._settings.tensor_model_parallel_size
         if expert is not None:
             assert self._config.num_moe_experts is not None
@@ -314,12 +346,6 @@ class WeightBridge:
             per_rank = self._config.num_moe_experts // self._settings.expert_model_parallel_size
             first += expert // per_rank * size
         return tuple(range(first, first + size))
-
-
-def padded_vocab_size(hf_config: PretrainedConfig, settings: MegatronSettings) -> int:
-    """Rows of embedding and head, filled up so that the tensor-parallel ranks get equally many."""
-    size = settings.tensor_model_parallel_size
-    return math.ceil(hf_config.vocab_size / size) * size
 
 
 def _stages_of_layers(config: TransformerConfig) -> list[int]:
@@ -345,14 +371,14 @@ def _overlaps(runs: Sequence[Run], begin: int, end: int) -> Iterator[tuple[Run, 
         position += run.length
 
 
-def _taken_apart(tensor: Tensor, whole: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Undo what ``tensor.runs`` lays together."""
-    sources: dict[str, list[torch.Tensor]] = {}
-    for run, rows in zip(tensor.runs, whole.split([run.length for run in tensor.runs], tensor.dim), strict=True):
+def _taken_apart(recipe: Recipe, whole: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Undo what the recipe lays together."""
+    sources: dict[str, list[Tensor]] = {}
+    for run, rows in zip(recipe.runs, whole.split([run.length for run in recipe.runs], recipe.dim), strict=True):
         if run.name is not None:
             sources.setdefault(run.name, []).append(rows)
     for name, parts in sources.items():
-        yield name, torch.cat(parts, dim=tensor.dim)
+        yield name, torch.cat(parts, dim=recipe.dim)
 
 
 class _Checkpoint:
@@ -363,49 +389,46 @@ class _Checkpoint:
         self._field = field
         self._open: dict[str, Any] = {}
         index = self._find("model.safetensors.index.json")
-        if index is not None:
-            self._files: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-            return
-        if self._find("model.safetensors") is None:
-            raise ModelError(f"{field}: {path!r} holds no safetensors; Megatron-core reads no other format")
-        self._files = dict.fromkeys(self._file("model.safetensors").keys(), "model.safetensors")
+        try:
+            if index is not None:
+                self._files: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+            else:
+                self._files = dict.fromkeys(self._file("model.safetensors").keys(), "model.safetensors")
+        except (ValueError, KeyError) as error:
+            raise ModelError(f"{field}: the index of weights in {path!r} is damaged: {error!r}") from error
 
-    def __enter__(self) -> _Checkpoint:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.clear()  # safetensors unmaps a file with its last reference
-
-    def check(self, *, needed: set[str], known: set[str]) -> None:
-        """Refuse a checkpoint that lacks a tensor or has one that the model would ignore."""
-        absent = sorted(needed - set(self._files))
+    def check(self, shapes: Mapping[str, tuple[int, ...]], spare: Collection[str]) -> None:
+        """Refuse a checkpoint that lacks a tensor, or has one that the model would ignore, but for ``spare`` ones."""
+        absent = sorted(shapes.keys() - self._files.keys())
         if absent:
             raise ModelError(
                 f"{self._field}: the weights in {self._path!r} lack {len(absent)} tensor(s); first {absent[0]}"
             )
-        strange = sorted(n for n in set(self._files) - known if not n.endswith("rotary_emb.inv_freq"))
+        known = {*shapes, *spare}
+        strange = sorted(n for n in self._files if n not in known and not n.endswith("rotary_emb.inv_freq"))
         if strange:
             raise ModelError(
                 f"{self._field}: the weights in {self._path!r} have {len(strange)} tensor(s) that this kind of model "
                 f"has no use for; first {strange[0]}"
             )
+        self._shapes = shapes
 
-    def rows(self, name: str, piece: Piece) -> torch.Tensor:
-        """Read what ``piece`` takes."""
+    def rows(self, name: str, piece: Piece) -> Tensor:
+        """Read what ``piece`` takes of the tensor ``name``."""
         view = self._file(self._files[name]).get_slice(name)
-        shape = list(piece.parameter.shape)
-        found = view.get_shape()
-        stop = piece.start + piece.length
-        others_agree = found[: piece.dim] + found[piece.dim + 1 :] == shape[: piece.dim] + shape[piece.dim + 1 :]
-        if len(found) != len(shape) or not others_agree or stop > found[piece.dim]:
-            raise ModelError(f"{self._field}: {name} in {self._path!r} has the shape {found}, which its config.json denies")
-        return view[piece.start : stop] if piece.dim == 0 else view[:, piece.start : stop]
+        if tuple(view.get_shape()) != self._shapes[name]:
+            raise ModelError(
+                f"{self._field}: {name} in {self._path!r} is {tuple(view.get_shape())}, but by its config.json "
+                f"{self._shapes[name]}"
+            )
+        rows = slice(piece.start, piece.start + piece.length)
+        return view[rows] if piece.dim == 0 else view[:, rows]
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
             path = self._find(name)
             if path is None:
-                raise ModelError(f"{self._field}: {self._path!r} lacks the file {name}")
+                raise ModelError(f"{self._field}: {self._path!r} has no {name}; Megatron-core reads safetensors only")
             try:
                 self._open[name] = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:

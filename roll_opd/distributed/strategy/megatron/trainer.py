@@ -264,6 +264,23 @@ class MegatronTrainer:
             return bool(parallel_state.get_expert_data_parallel_rank() == 0)
         return bool(parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0)
 
+    # ---- memory --------------------------------------------------------------------------------------------------
+
+    def gradient_buffers(self) -> Iterator[Tensor]:
+        """Yield the memory in which gradients are summed; outside of :meth:`update` nothing in it counts."""
+        for chunk in self.chunks:
+            for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+                yield buffer.grad_data
+
+    def optimizer_state(self) -> Iterator[Tensor]:
+        """Yield the optimizer's parameters, which may be the model's, and their moments."""
+        for part in self._parts:
+            for parameter in part.get_parameters():
+                yield parameter.data
+            for moments in part.optimizer.state.values():
+                # Torch keeps the number of steps on the CPU.
+                yield from (m for m in moments.values() if isinstance(m, Tensor) and m.device == parameter.device)
+
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     @property

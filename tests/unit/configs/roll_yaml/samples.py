@@ -7,6 +7,7 @@ import typing
 from typing import Any
 
 from roll_opd.configs import AgenticConfig, PipelineConfig, RewardConfig, RLVRConfig, TeacherConfig
+from roll_opd.configs.backends import SETTINGS
 from roll_opd.configs.builder import field_types
 from roll_opd.configs.roll_compat import RollKey, roll_keys
 
@@ -19,6 +20,9 @@ VALUES: dict[str, Any] = {
     "pretrain": "some/model",
     "file_name": ["train.jsonl"],
     "strategy_config": {},
+    # What Megatron has a rule for.
+    "virtual_pipeline_model_parallel_size": 1,
+    "recompute_granularity": "full",
     "worker_cls": "roll.pipeline.rlvr.rewards.math_rule_reward_worker.MathRuleRewardWorker",
     "lora_target": "all-linear",
     "stop_strings": ["</answer>"],
@@ -86,9 +90,8 @@ def config(launcher: str) -> dict[str, Any]:
     train, infer = (
         ("student_train", "student_infer") if launcher == "onpolicy_distill" else ("actor_train", "actor_infer")
     )
-    raw[train]["strategy_args"]["strategy_name"] = "megatron_train"
-    raw[infer]["strategy_args"]["strategy_name"] = "vllm"
-    for role in ("teacher", "reference"):
+    chosen = {train: "megatron_train", infer: "vllm", "teacher": "megatron_infer", "reference": "fsdp2_infer"}
+    for role, strategy in chosen.items():
         if role in raw:
-            raw[role]["strategy_args"]["strategy_name"] = "megatron_infer"
+            raw[role]["strategy_args"] = {"strategy_name": strategy, "strategy_config": block(SETTINGS[strategy])}
     return raw

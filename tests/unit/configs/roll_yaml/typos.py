@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from roll_opd.configs import AgenticConfig, PipelineConfig, RLVRConfig, TeacherConfig
+from roll_opd.configs.backends import SETTINGS
 from roll_opd.configs.builder import field_types
 from roll_opd.configs.roles import STUDENT_ROLES, is_single_teacher
 from roll_opd.configs.roll_compat import HANDED_ON, roll_keys, spellings
@@ -62,6 +63,8 @@ def _inside(hint: Any, raw: Any, path: Path) -> Iterator[tuple[Path, set[str]]]:
             yield (*path, key), known_beside(typing.cast(type, cls))
             if key in types:
                 yield from _inside(types[key], value, (*path, key))
+            if key == "strategy_config" and raw.get("strategy_name") in SETTINGS:
+                yield from _inside(SETTINGS[raw["strategy_name"]], value, (*path, key))
             words = HANDED_ON.get(key, set(theirs[key].inner) if key in theirs else set())
             if isinstance(value, Mapping) and key != "custom_envs":
                 yield from (((*path, key, inner), set(words)) for inner in value if inner in words)

@@ -1,0 +1,118 @@
+"""Rules about a role's backend that no single setting knows: what a backend can do for a role, and which sizes fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from roll_opd.configs.backends import SETTINGS, backend_settings
+from roll_opd.configs.backends.megatron import MegatronSettings
+from roll_opd.configs.backends.remote import RemoteSettings
+from roll_opd.configs.backends.vllm import VLLMSettings
+from roll_opd.configs.pipeline_config import PipelineConfig
+from roll_opd.configs.roles import teacher_key
+from roll_opd.configs.worker_config import TeacherConfig, WorkerConfig
+from roll_opd.errors import ConfigError
+
+# Who can hold the student's weights as they are after each step, and who can mix them into its own.
+FOLLOWERS: dict[str, tuple[str, ...]] = {"live": ("hf_infer", "vllm"), "ema": ("hf_infer",)}
+GENERATORS = ("hf_infer", "vllm")
+# Log-probabilities of a position that a vLLM server gives when it was started without `--max-logprobs`.
+SERVER_MAX_LOGPROBS = 20
+
+
+def check_backends(
+    config: PipelineConfig, roles: Mapping[str, WorkerConfig], names: Mapping[str, str], warnings: list[str]
+) -> None:
+    """Raise ConfigError for what cannot work; add to ``warnings`` what has no effect or looks wrong.
+
+    Args:
+        config: resolved.
+        roles: every role that holds a model, by its path in the YAML.
+        names: ``LoadedConfig.yaml_names``.
+        warnings: is added to.
+    """
+    for path, worker in roles.items():
+        assert worker.strategy_args is not None
+        if worker.strategy_args.strategy_name not in SETTINGS:
+            continue
+        settings = backend_settings(worker.strategy_args)
+        where = f"{path}.strategy_args.strategy_config"
+        if isinstance(settings, MegatronSettings):
+            _check_megatron(settings, worker, where, warnings)
+        elif isinstance(settings, RemoteSettings):
+            _check_remote(settings, worker, path, where)
+        elif isinstance(settings, VLLMSettings) and worker is not config.actor_infer:
+            _check_scoring_engine(settings, worker, where)
+    for name, teacher in config.teachers.items():
+        _check_teacher(config, teacher, names[teacher_key(name)], warnings)
+    _check_base_model(config, names)
+
+
+def _check_megatron(settings: MegatronSettings, worker: WorkerConfig, where: str, warnings: list[str]) -> None:
+    pipeline, ranks = settings.pipeline_model_parallel_size, worker.world_size or 1
+    if (settings.virtual_pipeline_model_parallel_size or 1) > 1 and pipeline == 1:
+        problem = "interleaves the stages of a pipeline, and pipeline_model_parallel_size is 1"
+        raise ConfigError(f"{where}.virtual_pipeline_model_parallel_size", f"{problem}; remove it")
+    if ranks // pipeline % settings.expert_model_parallel_size:
+        problem = (
+            f"{settings.expert_model_parallel_size} does not divide the {ranks // pipeline} ranks that hold a layer"
+        )
+        fix = f"({ranks} ranks / pipeline_model_parallel_size {pipeline}); use a divisor of them"
+        raise ConfigError(f"{where}.expert_model_parallel_size", f"{problem} {fix}")
+    for key in ("recompute_method", "recompute_num_layers"):
+        if getattr(settings, key) is not None and settings.recompute_granularity != "full":
+            raise ConfigError(f"{where}.{key}", "says which layers recompute_granularity: full recomputes; remove it")
+    if settings.sequence_parallel and not settings.splits_sequences:
+        warnings.append(f"{where}.sequence_parallel: no effect, because tensor_model_parallel_size is 1")
+
+
+def _check_remote(settings: RemoteSettings, worker: WorkerConfig, path: str, where: str) -> None:
+    if settings.base_url is None:
+        problem = "missing: it is the address of the running vLLM server, such as http://10.0.0.7:8000"
+        raise ConfigError(f"{where}.base_url", problem)
+    if worker.device_mapping is not None:
+        problem = "a remote model has its devices elsewhere; remove it (world_size counts the processes that ask)"
+        raise ConfigError(f"{path}.device_mapping", problem)
+
+
+def _check_scoring_engine(settings: VLLMSettings, worker: WorkerConfig, where: str) -> None:
+    """An engine that gets no weight update must load its weights and keep them."""
+    if isinstance(worker, TeacherConfig) and worker.teacher_args.self_teacher == "live":
+        return
+    if settings.load_format == "dummy":
+        problem = "'dummy' starts with random weights, and no update brings others to a model that only scores"
+        raise ConfigError(f"{where}.load_format", f"{problem}; use auto")
+    if settings.sleep_level == 2:
+        problem = "2 forgets the weights, and no update brings them back to a model that only scores"
+        raise ConfigError(f"{where}.sleep_level", f"{problem}; use 1")
+
+
+def _check_teacher(config: PipelineConfig, teacher: TeacherConfig, path: str, warnings: list[str]) -> None:
+    assert teacher.strategy_args is not None
+    strategy, field = teacher.strategy_args.strategy_name, f"{path}.strategy_args.strategy_name"
+    kind = teacher.teacher_args.self_teacher
+    if kind in FOLLOWERS and strategy not in FOLLOWERS[kind]:
+        problem = f"{strategy!r} cannot follow the student, as teacher_args.self_teacher: {kind} asks"
+        raise ConfigError(field, f"{problem}; use {' or '.join(FOLLOWERS[kind])}")
+    if config.validation is not None and config.validation.teacher_accuracy and strategy not in GENERATORS:
+        problem = f"needs teachers that generate, and {path} runs on {strategy!r}"
+        fix = f"use {' or '.join(GENERATORS)} there, or set it to false"
+        raise ConfigError("validation.teacher_accuracy", f"{problem}; {fix}")
+    args = config.opd_args
+    many = args.objective == "direct" and args.support == "teacher_topk" and args.top_k > SERVER_MAX_LOGPROBS
+    if strategy == "remote" and many:
+        warnings.append(
+            f"opd_args.top_k: the server of {path} must have been started with --max-logprobs {args.top_k} or more "
+            f"(vLLM's default is {SERVER_MAX_LOGPROBS})"
+        )
+
+
+def _check_base_model(config: PipelineConfig, names: Mapping[str, str]) -> None:
+    """The base model of an extrapolation runs as the first teacher does."""
+    if config.opd_args.base_model is None or not config.teachers:
+        return
+    name, teacher = next(iter(config.teachers.items()))
+    assert teacher.strategy_args is not None
+    if teacher.strategy_args.strategy_name == "remote":
+        problem = f"runs as the first teacher does, and the server of {names[teacher_key(name)]} holds another model"
+        raise ConfigError("opd_args.base_model", f"{problem}; put a teacher that runs here first, or remove it")

@@ -1,0 +1,258 @@
+"""Settings of the backends: what loads, what is refused with which fix, and what follows from them."""
+
+from __future__ import annotations
+
+import pytest
+from config_samples import MIXED, PURE, RL, changed
+
+from roll_opd.configs import build_config, launch_blockers, launch_warnings
+from roll_opd.configs.backends import SETTINGS, backend_settings
+from roll_opd.configs.strategy_args import StrategyArguments
+from roll_opd.errors import ConfigError
+
+OPD = "onpolicy_distill"
+TRAIN, INFER, TEACHER = ("student_train", "student_infer", "teacher")
+ARGS, CONFIG = "strategy_args", "strategy_args.strategy_config"
+SERVER = {"base_url": "http://10.0.0.7:8000"}
+TOPK = {"opd_args": {"objective": "direct", "support": "teacher_topk"}}
+VIEW = {"context_template": "{{ prompt }} {{ hint }}"}
+
+
+def role(path, strategy, **settings):
+    """Changes that give the role ``path`` a backend with ``settings``."""
+    return {f"{path}.{ARGS}": {"strategy_name": strategy, "strategy_config": settings}}
+
+
+def load(changes, base=PURE, launcher=OPD):
+    return build_config(changed(base, changes), launcher)
+
+
+# ---- each setting ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "words"),
+    [
+        (role(INFER, "vllm", gpu_memory_utilisation=0.8), "gpu_memory_utilisation", "mean 'gpu_memory_utilization'"),
+        (role(INFER, "vllm", gpu_memory_utilization=1.2), "gpu_memory_utilization", "must be > 0 and <= 1, got 1.2"),
+        (role(INFER, "vllm", tensor_parallel_size="2"), "tensor_parallel_size", "expected a whole number, got '2'"),
+        (role(INFER, "vllm", tensor_model_parallel_size=2), "tensor_model_parallel_size", "'tensor_parallel_size'"),
+        (role(INFER, "vllm", sleep_level=3), "sleep_level", "3 is not one of: 1, 2"),
+        (role(INFER, "vllm", kv_cache_dtype="fp8"), "kv_cache_dtype", "belongs under 'engine_args'"),
+        (role(INFER, "vllm", engine_args=["x"]), "engine_args", "expected a mapping"),
+        (role(TRAIN, "megatron_train", tensor_parallel_size=2), "tensor_parallel_size", "'tensor_model_parallel_size'"),
+        (role(TRAIN, "megatron_train", recompute_granularity="fully"), "recompute_granularity", "did you mean 'full'"),
+        (role(TRAIN, "megatron_train", pipeline_model_parallel_size=0), "pipeline_model_parallel_size", ">= 1"),
+        (role(TRAIN, "fsdp2_train", reshard_after_forwrad=True), "reshard_after_forwrad", "'reshard_after_forward'"),
+        (role(TRAIN, "fsdp2_train", offload_policy="cpu"), "offload_policy", "true or false"),
+        (role(TRAIN, "fsdp2_train", tensor_parallel_size=2), "tensor_parallel_size", "it is a setting of vllm"),
+        (role(TEACHER, "hf_infer", load_in_8bit=True), "load_in_8bit", "unknown key"),
+        (role(TEACHER, "hf_infer", tensor_parallel_siz=2), "tensor_parallel_siz", "'tensor_parallel_size'"),
+        (role(TEACHER, "remote", base_url=8000), "base_url", "expected text"),
+        (role(TEACHER, "remote", **SERVER, timeout=0), "timeout", "must be > 0"),
+        (role(TEACHER, "remote", **SERVER, api_key="x"), "api_key", "mean 'api_key_env'"),
+    ],
+)  # fmt: skip
+def test_each_setting_is_checked(changes, key, words):
+    path = next(iter(changes)).removesuffix(f".{ARGS}")
+    with pytest.raises(ConfigError) as caught:
+        load(changes)
+    assert caught.value.field == f"{path}.{CONFIG}.{key}"
+    assert words in caught.value.problem
+
+
+def test_every_role_is_checked():
+    """Also those that no launch starts, and those that are no role of a model."""
+    bad = {"strategy_args": {"strategy_name": "vllm", "strategy_config": {"sleep_levle": 1}}}
+    judge = {"worker_cls": "a.B", **bad}
+    for path, base, changes in (
+        ("teacher.b", PURE, {"teacher": {"a": PURE["teacher"], "b": {**PURE["teacher"], **bad}}}),
+        ("rewards.judge", RL, {"rewards": {"judge": judge}}),
+        ("reference", RL, {"reference": bad}),
+        ("critic", RL, {"critic": bad}),
+        ("actor_infer", RL, {"actor_infer": bad}),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load(changes, base, OPD if base is PURE else "rlvr")
+        assert caught.value.field == f"{path}.{CONFIG}.sleep_levle"
+
+
+def test_the_config_keeps_what_the_user_wrote_and_its_reader_gets_types():
+    loaded = load(role(INFER, "vllm", max_model_len=512, disable_log_stats=True))
+    written = loaded.config.actor_infer.strategy_args
+    assert written.strategy_config == {"max_model_len": 512, "disable_log_stats": True}
+    assert backend_settings(written).max_model_len == 512
+    for name in SETTINGS:
+        assert type(backend_settings(StrategyArguments(strategy_name=name))) is SETTINGS[name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (role(INFER, "vllm", disable_log_stats=False, distributed_executor_backend="ray"), "disable_log_stats"),
+        (role(TRAIN, "megatron_train", apply_rope_fusion=True, bf16=True), "apply_rope_fusion"),
+        (role(TRAIN, "fsdp2_train", fsdp_size=16, param_dtype="bf16", reduce_dtype="float32"), "fsdp_size"),
+        # Left behind by a role that has changed its backend.
+        (role(INFER, "hf_infer", load_format="auto", gpu_memory_utilization=0.8), "load_format"),
+        (role(TEACHER, "hf_infer", tensor_model_parallel_size=4), "tensor_model_parallel_size"),
+    ],
+)
+def test_settings_of_roll_without_effect_make_one_warning(changes, told):
+    loaded = load(changes)
+    (warning,) = loaded.warnings
+    assert warning.startswith("settings of ROLL without effect here: ") and f"{CONFIG}.{told}" in warning
+    assert launch_blockers(loaded) == []
+
+
+def test_settings_of_sglang_are_nobodys():
+    loaded = load(role(INFER, "sglang", mem_fraction_static=0.7))
+    assert [blocker.field for blocker in launch_blockers(loaded)] == [f"{INFER}.{ARGS}.strategy_name"]
+
+
+# ---- rules across settings -------------------------------------------------------------------------------------------
+
+STRATEGY = f"{TEACHER}.{ARGS}.strategy_name"
+RULES = [
+    (role(TEACHER, "remote"), f"{TEACHER}.{CONFIG}.base_url", "missing: it is the address"),
+    ({**role(TEACHER, "remote", **SERVER), "teacher.device_mapping": [0]}, "teacher.device_mapping", "remove it"),
+    (role(TRAIN, "megatron_train", virtual_pipeline_model_parallel_size=2),
+     f"{TRAIN}.{CONFIG}.virtual_pipeline_model_parallel_size", "remove it"),
+    ({**role(TRAIN, "megatron_train", expert_model_parallel_size=3), f"{TRAIN}.world_size": 4},
+     f"{TRAIN}.{CONFIG}.expert_model_parallel_size", "3 does not divide the 4 ranks"),
+    ({**role(TRAIN, "megatron_train", expert_model_parallel_size=4, pipeline_model_parallel_size=2),
+      f"{TRAIN}.world_size": 4}, f"{TRAIN}.{CONFIG}.expert_model_parallel_size", "4 does not divide the 2 ranks"),
+    (role(TRAIN, "megatron_train", recompute_method="block"), f"{TRAIN}.{CONFIG}.recompute_method", "remove it"),
+    (role(TRAIN, "megatron_train", recompute_granularity="selective", recompute_num_layers=2),
+     f"{TRAIN}.{CONFIG}.recompute_num_layers", "remove it"),
+    (role(TEACHER, "vllm", sleep_level=2), f"{TEACHER}.{CONFIG}.sleep_level", "use 1"),
+    (role(TEACHER, "vllm", load_format="dummy"), f"{TEACHER}.{CONFIG}.load_format", "use auto"),
+    ({"validation": {"teacher_accuracy": True}, **role(TEACHER, "remote", **SERVER)}, "validation.teacher_accuracy",
+     "teacher runs on 'remote'; use hf_infer or vllm"),
+    ({"validation": {"teacher_accuracy": True}, **role(TEACHER, "megatron_infer")}, "validation.teacher_accuracy",
+     "use hf_infer or vllm"),
+    ({"opd_args": {"base_model": "m", "extrapolation": 1.5}, **role(TEACHER, "remote", **SERVER)},
+     "opd_args.base_model", "put a teacher that runs here first"),
+] + [
+    ({"teacher": {"teacher_args": {**VIEW, "self_teacher": kind}, "model_args": {"dtype": "fp32"},
+                  ARGS: {"strategy_name": strategy, "strategy_config": settings}}}, STRATEGY, words)
+    for kind, strategy, settings, words in (
+        ("ema", "vllm", {}, "use hf_infer"),
+        ("ema", "remote", SERVER, "use hf_infer"),
+        ("ema", "megatron_infer", {}, "use hf_infer"),
+        ("live", "remote", SERVER, "self_teacher: live asks; use hf_infer or vllm"),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "field", "words"), RULES)
+def test_what_cannot_work_is_refused_at_load(changes, field, words):
+    with pytest.raises(ConfigError) as caught:
+        load(changes)
+    assert caught.value.field == field
+    assert words in caught.value.problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (role(TRAIN, "megatron_train", sequence_parallel=True), "no effect, because tensor_model_parallel_size is 1"),
+        ({**role(TEACHER, "remote", **SERVER), **TOPK}, "--max-logprobs 32 or more"),
+    ],
+)
+def test_what_looks_wrong_is_mentioned(changes, words):
+    (warning,) = load(changes).warnings
+    assert words in warning
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "words"),
+    [
+        ({**role(TRAIN, "megatron_train"), f"{TRAIN}.model_args.lora_target": "all-linear"},
+         f"{TRAIN}.model_args.lora_target", "use strategy_name fsdp2_train"),
+        ({**role(TRAIN, "megatron_train"), f"{TRAIN}.model_args.dtype": "fp16"}, f"{TRAIN}.model_args.dtype",
+         "use bf16 or fp32"),
+        ({f"{TEACHER}.model_args.adapter_name_or_path": "a"}, f"{TEACHER}.model_args.adapter_name_or_path", "use null"),
+        ({**role(TRAIN, "megatron_train", context_parallel_size=2), f"{TRAIN}.world_size": 2},
+         f"{TRAIN}.{CONFIG}.context_parallel_size", "tensor_model_parallel_size and sequence_parallel"),
+        (role(INFER, "vllm", max_model_len=95), f"{INFER}.{CONFIG}.max_model_len",
+         "95 is less than the 96 tokens of prompt_length + response_length; raise it"),
+        ({**role(TEACHER, "vllm", max_model_len=159), "teacher.teacher_args": VIEW},
+         f"{TEACHER}.{CONFIG}.max_model_len", "159 is less than the 160 tokens of the teacher's prompt and a response"),
+        (role(TRAIN, "fsdp2_train", param_dtype="float32"), f"{TRAIN}.{CONFIG}.param_dtype",
+         "'fp32' contradicts student_train.model_args.dtype: 'bf16', which decides"),
+        (role(TRAIN, "megatron_train", fp16=True), f"{TRAIN}.{CONFIG}.fp16", "make them agree"),
+        (role(TRAIN, "megatron_train", max_grad_norm=0.5), f"{TRAIN}.{CONFIG}.max_grad_norm",
+         "0.5 contradicts max_grad_norm: 1.0"),
+        (role(TRAIN, "megatron_train", moe_aux_loss_coeff=0.01), f"{TRAIN}.{CONFIG}.moe_aux_loss_coeff",
+         "not trained; planned only"),
+        (role(TRAIN, "megatron_train", additional_configs={"x": 1}), f"{TRAIN}.{CONFIG}.additional_configs",
+         "planned only"),
+        (role(INFER, "vllm", data_parallel_size=2), f"{INFER}.{CONFIG}.data_parallel_size", "device_mapping"),
+    ],
+)  # fmt: skip
+def test_what_is_not_run_yet_is_refused_at_launch(changes, field, words):
+    (blocker,) = launch_blockers(load(changes))
+    assert blocker.field == field
+    assert words in blocker.problem
+
+
+def test_a_critic_on_megatron_is_not_run_yet():
+    changes = {"adv_estimator": "gae", **role("critic", "megatron_train")}
+    (blocker,) = launch_blockers(load(changes, RL, "rlvr"))
+    assert blocker.field == f"critic.{ARGS}.strategy_name" and "use fsdp2_train" in blocker.problem
+
+
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [
+        (PURE, role(INFER, "vllm", max_model_len=96, enforce_eager=True, engine_args={"kv_cache_dtype": "fp8"})),
+        (PURE, role(INFER, "vllm", sleep_level=2, load_format="dummy")),
+        (PURE, {**role(TRAIN, "megatron_train", tensor_model_parallel_size=2, sequence_parallel=True,
+                       recompute_granularity="full", recompute_method="block", recompute_num_layers=2),
+                f"{TRAIN}.world_size": 4}),
+        (PURE, {**role(TRAIN, "megatron_train", moe_aux_loss_coeff=0.0, max_grad_norm=1, additional_configs={}),
+                f"{TRAIN}.world_size": 2}),
+        (PURE, role(TRAIN, "fsdp2_train", offload_policy=True, param_dtype="bfloat16")),
+        (PURE, {f"{TRAIN}.model_args.lora_target": "all-linear", f"{INFER}.model_args.lora_target": "q_proj"}),
+        (PURE, {**role(TEACHER, "vllm"), **TOPK}),
+        (PURE, role(TEACHER, "fsdp2_infer")),
+        (PURE, role(TEACHER, "megatron_infer")),
+        (PURE, role(TEACHER, "remote", **SERVER, api_key_env="KEY")),
+        (PURE, {"validation": {"teacher_accuracy": True}, **role(TEACHER, "vllm")}),
+        (PURE, {"teacher": {"teacher_args": {**VIEW, "self_teacher": "live"}, ARGS: {
+            "strategy_name": "vllm", "strategy_config": {"sleep_level": 2, "load_format": "dummy"}}}}),
+        (MIXED, role("actor_train", "megatron_train")),
+        (RL, {"use_kl_loss": True, "kl_loss_coef": 0.1, **role("reference", "megatron_infer")}),
+        # Of a critic that is not started nothing is asked.
+        (RL, role("critic", "megatron_train", context_parallel_size=1)),
+    ],
+)  # fmt: skip
+def test_what_runs(base, changes):
+    assert launch_blockers(load(changes, base, OPD if base is PURE else "rlvr")) == []
+
+
+# ---- what follows from them ------------------------------------------------------------------------------------------
+
+
+def test_an_engine_spans_its_parallel_sizes():
+    changes = role(INFER, "vllm", tensor_parallel_size=2, pipeline_parallel_size=2)
+    infer = load({**changes, f"{INFER}.device_mapping": "range(8)"}).config.actor_infer
+    assert (infer.num_gpus_per_worker, infer.world_size) == (4, 2)
+    with pytest.raises(ConfigError, match="6 devices do not divide into workers of 4"):
+        load({**changes, f"{INFER}.device_mapping": "range(6)", "num_gpus_per_node": 8})
+
+
+def test_a_rank_of_a_model_has_one_device():
+    changes = role(TEACHER, "megatron_infer", tensor_model_parallel_size=2)
+    teacher = load({**changes, f"{TEACHER}.device_mapping": "range(4)"}).config.teachers["default"]
+    assert (teacher.num_gpus_per_worker, teacher.world_size) == (1, 4)
+
+
+def test_a_mini_batch_counts_data_parallel_ranks():
+    changes = role(TRAIN, "megatron_train", tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    (warning,) = load({**changes, f"{TRAIN}.world_size": 8}).warnings
+    assert "4 x 1 x 2" in warning
+
+
+def test_no_launch_warning_of_a_remote_teacher():
+    assert launch_warnings(load(role(TEACHER, "remote", **SERVER))) == []
