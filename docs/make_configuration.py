@@ -48,6 +48,10 @@ from roll_opd.configs.agentic_config import (
     LLMProxyArguments,
     RewardNormalizationArguments,
 )
+from roll_opd.configs.backends.fsdp2 import FSDP2Settings
+from roll_opd.configs.backends.megatron import MegatronSettings
+from roll_opd.configs.backends.remote import RemoteSettings
+from roll_opd.configs.backends.vllm import VLLMSettings
 from roll_opd.configs.field_spec import RANGE
 from roll_opd.configs.pipeline_config import (
     TrainInferCorrectionArguments,
@@ -78,6 +82,11 @@ class Section:
     classes: tuple[type, ...]
     absent: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+
+
+def _summary(cls: type) -> str:
+    """The first paragraph of a class's docstring."""
+    return " ".join(inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].split())
 
 
 _ROLES = ("actor_train", "actor_infer", "teachers", "reference", "critic", "rewards", "validation")
@@ -121,13 +130,11 @@ SECTIONS = (
         "A role that holds a model",
         "Settings of one cluster of worker processes. `worker_cls` is read for rewards only.",
         (WorkerConfig,),
-        unused=tuple(launch_checks.UNREAD_WORKER),
     ),
     Section(
         "`<role>.model_args`",
         "",
         (ModelArguments,),
-        unused=(*launch_checks.UNREAD_MODEL, "lora_rank", "lora_alpha", "lora_dropout"),
     ),
     Section("`<role>.training_args`", "Read by the student's trainer and by the critic.", (TrainingArguments,)),
     Section(
@@ -146,11 +153,19 @@ SECTIONS = (
         "What runs: see the table of strategies above.",
         (StrategyArguments,),
     ),
+    *(
+        Section(f"`<role>.strategy_args.strategy_config` of {names}", _summary(cls), (cls,))
+        for names, cls in (
+            ("`vllm`", VLLMSettings),
+            ("`fsdp2_train` and `fsdp2_infer`", FSDP2Settings),
+            ("`megatron_train` and `megatron_infer`", MegatronSettings),
+            ("`remote`", RemoteSettings),
+        )
+    ),
     Section(
         "`<role>.sequence_packing_args`",
         "In force only with `use_sequence_packing: true`. Rows are packed without padding in either case.",
         (SequencePackingArguments,),
-        unused=tuple(launch_checks.UNREAD_PACKING),
     ),
     Section(
         "`teacher`, beside what every role has",
@@ -193,11 +208,24 @@ NOTES = {
     "ModelArguments.dtype": "`fp16` is refused for a role that is trained.",
     "WorkerConfig.num_gpus_per_worker": "More than 1 is refused with `hf_infer`.",
     "WorkerConfig.device_mapping": "Refused for a reward, which runs in CPU processes.",
-    "StrategyArguments.strategy_config": "`hf_infer` and `fsdp2_train` have none: a launch refuses any key.",
+    "StrategyArguments.strategy_config": "The tables below say what each backend has; `hf_infer` has none.",
     "DataArguments.domain_interleave_probs": "Refused in `validation`, which takes its prompts as they stand.",
     "RewardFilterArguments.filter_args": "`mean_filter`: `threshold_down` (-1) and `threshold_up` (infinity), the mean "
     "lies strictly between; `std_filter`: `std_threshold` (-1), the standard deviation lies above.",
 }
+
+
+def _read_by(cls: type, name: str) -> str:
+    """Which strategies read a setting that the others refuse, or that the others do not read."""
+    if cls is ModelArguments and launch_checks.readers(name):
+        return f"Read by {_listed(launch_checks.readers(name))}; refused elsewhere."
+    key = f"model_args.{name}" if cls is ModelArguments else name
+    unread = [strategy for strategy, keys in launch_checks.UNREAD_BY.items() if key in keys]
+    return f"Not read by {_listed(unread)}." if cls in (ModelArguments, WorkerConfig) and unread else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def documented(cls: type) -> dict[str, str]:
@@ -264,7 +292,7 @@ def refused() -> dict[type, dict[str, str]]:
         BaseConfig: checks.NOT_YET,
         PipelineConfig: checks.NOT_YET,
         RLVRConfig: checks.NOT_YET,
-        ModelArguments: checks.NOT_YET_MODEL,
+        ModelArguments: [key for key in checks.NOT_YET_MODEL if not checks.readers(key)],
         GeneratingArguments: checks.NOT_YET_GENERATING,
         WorkerConfig: checks.NOT_YET_WORKER,
         RewardConfig: checks.NOT_YET_REWARD,
@@ -292,7 +320,7 @@ def render_section(section: Section) -> str:
             elif name in section.unused:
                 unused.append(f"`{name}`")
             else:
-                note = NOTES.get(f"{cls.__name__}.{name}")
+                note = NOTES.get(f"{cls.__name__}.{name}") or _read_by(cls, name)
                 text = f"{meaning} {note}" if note else meaning
                 cells = (f"`{name}`", values_of(cls, fields[name], written[name]), default_of(fields[name]), text)
                 rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

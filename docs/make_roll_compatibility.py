@@ -56,12 +56,11 @@ WAITING: dict[str, tuple[list[str], list[str]]] = {
     "BaseConfig": _TOP,
     "PipelineConfig": _TOP,
     "RLVRConfig": _TOP,
-    "WorkerConfig": (launch_checks.NOT_YET_WORKER, launch_checks.UNREAD_WORKER),
+    "WorkerConfig": (launch_checks.NOT_YET_WORKER, []),
     "RewardConfig": (launch_checks.NOT_YET_REWARD, []),
-    "ModelArguments": (launch_checks.NOT_YET_MODEL, launch_checks.UNREAD_MODEL),
+    "ModelArguments": ([key for key in launch_checks.NOT_YET_MODEL if not launch_checks.readers(key)], []),
     "GeneratingArguments": (launch_checks.NOT_YET_GENERATING, []),
     "DataArguments": ([], launch_checks.UNREAD_DATA),
-    "SequencePackingArguments": ([], launch_checks.UNREAD_PACKING),
 }
 _ORDER = ("fixed", "same", "planned", "ignored")
 
@@ -80,6 +79,8 @@ def status_and_note(cls: str, key: str, known: RollKey) -> tuple[str, str]:
         notes.append(f"a launch accepts {' or '.join(['`null`', *harmless])} only")
     elif key in unread:
         notes.append("not read yet; affects speed or memory, and a launch says so")
+    if cls == "ModelArguments" and launch_checks.readers(key):
+        notes.append(f"read by {', '.join(f'`{name}`' for name in launch_checks.readers(key))}, refused elsewhere")
     if known.inner:
         notes.append(f"a block of {', '.join(f'`{name}`' for name in known.inner)}")
     notes += [f"also spelled `{other}`" for other, name in SPELLINGS.get(cls, {}).items() if name == key]

@@ -50,7 +50,11 @@ class TrainingError(RollOPDError):
 
 
 class WorkerError(RollOPDError):
-    """A worker process died."""
+    """A worker process died, did not answer in time, or could not do what every run needs."""
+
+
+class WorkerDiedError(WorkerError):
+    """A worker process is gone."""
 
 
 class GenerationError(RollOPDError):

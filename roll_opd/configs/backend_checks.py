@@ -14,7 +14,10 @@ from roll_opd.configs.worker_config import TeacherConfig, WorkerConfig
 from roll_opd.errors import ConfigError
 
 # Who can hold the student's weights as they are after each step, and who can mix them into its own.
-FOLLOWERS: dict[str, tuple[str, ...]] = {"live": ("hf_infer", "vllm"), "ema": ("hf_infer",)}
+FOLLOWERS: dict[str, tuple[str, ...]] = {
+    "live": ("hf_infer", "fsdp2_infer", "megatron_infer", "vllm"),
+    "ema": ("hf_infer", "fsdp2_infer"),
+}
 GENERATORS = ("hf_infer", "vllm")
 # Log-probabilities of a position that a vLLM server gives when it was started without `--max-logprobs`.
 SERVER_MAX_LOGPROBS = 20
@@ -35,6 +38,7 @@ def check_backends(
         assert worker.strategy_args is not None
         if worker.strategy_args.strategy_name not in SETTINGS:
             continue
+        _check_dynamic_batches(worker, path)
         settings = backend_settings(worker.strategy_args)
         where = f"{path}.strategy_args.strategy_config"
         if isinstance(settings, MegatronSettings):
@@ -48,9 +52,19 @@ def check_backends(
     _check_base_model(config, names)
 
 
+def _check_dynamic_batches(worker: WorkerConfig, path: str) -> None:
+    for job in ("train", "infer"):
+        if getattr(worker, f"use_dynamic_batching_in_{job}") and not getattr(
+            worker, f"max_tokens_per_microbatch_in_{job}"
+        ):
+            problem = "missing: it is the limit by which micro-batches are formed"
+            fix = f"set it, or use_dynamic_batching_in_{job}: false"
+            raise ConfigError(f"{path}.max_tokens_per_microbatch_in_{job}", f"{problem}; {fix}")
+
+
 def _check_megatron(settings: MegatronSettings, worker: WorkerConfig, where: str, warnings: list[str]) -> None:
     pipeline, ranks = settings.pipeline_model_parallel_size, worker.world_size or 1
-    if (settings.virtual_pipeline_model_parallel_size or 1) > 1 and pipeline == 1:
+    if settings.virtual_pipeline_model_parallel_size is not None and pipeline == 1:
         problem = "interleaves the stages of a pipeline, and pipeline_model_parallel_size is 1"
         raise ConfigError(f"{where}.virtual_pipeline_model_parallel_size", f"{problem}; remove it")
     if ranks // pipeline % settings.expert_model_parallel_size:
@@ -62,7 +76,8 @@ def _check_megatron(settings: MegatronSettings, worker: WorkerConfig, where: str
     for key in ("recompute_method", "recompute_num_layers"):
         if getattr(settings, key) is not None and settings.recompute_granularity != "full":
             raise ConfigError(f"{where}.{key}", "says which layers recompute_granularity: full recomputes; remove it")
-    if settings.sequence_parallel and not settings.splits_sequences:
+    assert worker.strategy_args is not None
+    if worker.strategy_args.strategy_config.get("sequence_parallel") and not settings.sequence_parallel:
         warnings.append(f"{where}.sequence_parallel: no effect, because tensor_model_parallel_size is 1")
 
 

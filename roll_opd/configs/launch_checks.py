@@ -16,6 +16,7 @@ from roll_opd.configs.backends.vllm import VLLMSettings
 from roll_opd.configs.checks import roles_of
 from roll_opd.configs.data_args import DataArguments
 from roll_opd.configs.loader import LoadedConfig
+from roll_opd.configs.model_args import ModelArguments
 from roll_opd.configs.pipeline_config import PipelineConfig, RLVRConfig
 from roll_opd.configs.worker_config import TeacherConfig, WorkerConfig
 from roll_opd.errors import ConfigError
@@ -57,10 +58,14 @@ NOT_YET_MODEL = [
     "chat_template",
     "additional_target",
 ]
-# Of these, what a strategy reads for the student that it trains.
-READ_MODEL: dict[str, tuple[str, ...]] = {"fsdp2_train": ("lora_target",)}
-# Of these, what the student's generator may repeat without effect: it gets whole weights, adapters merged into them.
-MERGED_MODEL = ("lora_target", "adapter_name_or_path", "additional_target", "freeze_module_prefix")
+# Of these, what a strategy reads after all; the critic's reads no adapter.
+ADAPTERS = ("lora_target", "adapter_name_or_path", "additional_target", "freeze_module_prefix")
+READ_MODEL: dict[str, tuple[str, ...]] = {
+    "fsdp2_train": ("model_config_kwargs", *ADAPTERS),
+    "fsdp2_infer": ("model_config_kwargs", "adapter_name_or_path"),
+    "hf_infer": ("model_config_kwargs",),
+    "vllm": ("model_config_kwargs",),
+}
 NOT_YET_GENERATING = ["min_p", "repetition_penalty", "ignore_eos", "include_stop_str_in_output"]
 # For roles that hold a model; a reward's class is read.
 NOT_YET_WORKER = ["worker_cls"]
@@ -79,19 +84,25 @@ NOT_YET_REWARD = [
 ]
 # Settings that only affect speed or memory and that nothing reads yet; whoever reads one removes it here.
 UNREAD_PIPELINE = ["val_batch_size"]
-UNREAD_WORKER = [
-    "use_dynamic_batching_in_train",
-    "use_dynamic_batching_in_infer",
-    "max_tokens_per_microbatch_in_train",
-    "max_tokens_per_microbatch_in_infer",
-    "logits_in_fp32",
-]
-UNREAD_MODEL = ["attn_implementation"]
-UNREAD_PACKING = ["algorithm", "min_num_micro_batches_forward", "min_num_micro_batches_train"]
+# The same for roles that do not train, for the student's generator, and for strategies that compute in a way of their
+# own.
+UNREAD_UNTRAINED = ["use_dynamic_batching_in_train", "max_tokens_per_microbatch_in_train"]
+UNREAD_UNSCORED = ["use_dynamic_batching_in_infer", "max_tokens_per_microbatch_in_infer", "use_sequence_packing"]
+UNREAD_BY: dict[str, list[str]] = {
+    "vllm": [*UNREAD_UNSCORED, "logits_in_fp32", "model_args.attn_implementation"],
+    "remote": [*UNREAD_UNSCORED, "logits_in_fp32", "model_args.attn_implementation"],
+    "megatron_train": ["logits_in_fp32", "model_args.attn_implementation", "model_args.disable_gradient_checkpointing"],
+    "megatron_infer": ["logits_in_fp32", "model_args.attn_implementation"],
+}
 UNREAD_DATA = ["preprocessing_num_workers"]
 _SUFFIX = "is not run by this version yet"
 # How ROLL writes a dtype in `strategy_config`.
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+def readers(key: str) -> list[str]:
+    """The strategies that read a setting of ``model_args`` that others refuse."""
+    return [strategy for strategy, keys in READ_MODEL.items() if key in keys]
 
 
 def starts_critic(config: PipelineConfig) -> bool:
@@ -106,6 +117,23 @@ def launched_roles(config: PipelineConfig, names: Mapping[str, str]) -> dict[str
     """
     started = {"critic": starts_critic(config), "reference": config.needs_reference}
     return {path: worker for path, worker in roles_of(config, names).items() if started.get(path, True)}
+
+
+def model_holders(config: PipelineConfig, names: Mapping[str, str]) -> dict[str, WorkerConfig]:
+    """Everything that a launch starts and that holds a model, by path: the roles, and the base model, which runs as the
+    first teacher does."""
+    roles = launched_roles(config, names)
+    if config.opd_args.base_model is not None and config.teachers:
+        like = next(iter(config.teachers.values()))
+        model = dataclasses.replace(like.model_args, model_name_or_path=config.opd_args.base_model)
+        roles["opd_args.base_model"] = dataclasses.replace(like, model_args=model)
+    return roles
+
+
+def weight_followers(loaded: LoadedConfig) -> list[str]:
+    """Paths of the roles that get the student's weights at each step."""
+    moving = [name for name, t in loaded.config.teachers.items() if t.teacher_args.self_teacher in ("ema", "live")]
+    return [loaded.yaml_names["actor_infer"], *(loaded.teacher_yaml_name(name) for name in moving)]
 
 
 def launch_blockers(loaded: LoadedConfig) -> list[ConfigError]:
@@ -148,15 +176,30 @@ def launch_warnings(loaded: LoadedConfig) -> list[str]:
     warnings = _critic_warnings(config)
     unread = _changed(config, UNREAD_PIPELINE, "")
     for path, worker in launched_roles(config, names).items():
-        unread += _changed(worker, UNREAD_WORKER, path)
-        unread += _changed(worker.model_args, UNREAD_MODEL, f"{path}.model_args")
-        unread += _changed(worker.sequence_packing_args, UNREAD_PACKING, f"{path}.sequence_packing_args")
+        unread += _unread(config, worker, path)
     for path, data in _data_blocks(config, names).items():
         unread += _changed(data, UNREAD_DATA, path)
     if unread:
         fields = ", ".join(error.field for error in unread)
         warnings.append(f"settings for speed or memory that this version does not read: {fields}")
     return warnings
+
+
+def _unread(config: PipelineConfig, worker: WorkerConfig, path: str) -> list[ConfigError]:
+    """The settings of a role that it does not read."""
+    assert worker.strategy_args is not None
+    strategy = worker.strategy_args.strategy_name
+    keys = list(UNREAD_BY.get(strategy, []))
+    if not strategy.endswith("_train"):
+        keys += UNREAD_UNTRAINED
+    if worker is config.actor_infer:
+        # Adapters are merged into the weights that it gets.
+        keys += [*UNREAD_UNSCORED, *(f"model_args.{key}" for key in ADAPTERS)]
+        keys += ["infer_batch_size"] if strategy == "vllm" else []
+    keys = list(dict.fromkeys(keys))
+    found = _changed(worker, [key for key in keys if "." not in key], path)
+    in_model = [key.removeprefix("model_args.") for key in keys if "." in key]
+    return found + _changed(worker.model_args, in_model, f"{path}.model_args")
 
 
 def _critic_warnings(config: PipelineConfig) -> list[str]:
@@ -182,16 +225,30 @@ def _model(config: PipelineConfig, worker: WorkerConfig, path: str) -> list[Conf
     """Refuse what the role's strategy would leave out of its model."""
     assert worker.strategy_args is not None
     strategy = worker.strategy_args.strategy_name
-    trained, sampled = worker is config.actor_train, worker is config.actor_infer
-    read = READ_MODEL.get(strategy, ()) if trained else MERGED_MODEL if sampled else ()
+    critic = worker is config.critic
+    read = {*READ_MODEL.get(strategy, ()), *(ADAPTERS if worker is config.actor_infer else ())}
+    read -= {*(ADAPTERS if critic else ())}
     found = _changed(worker.model_args, [key for key in NOT_YET_MODEL if key not in read], f"{path}.model_args")
-    able = {key: [name for name, keys in READ_MODEL.items() if key in keys] for key in NOT_YET_MODEL}
+    jobs = ("_train",) if strategy.endswith("_train") else ("_infer", "vllm")
     for i, error in enumerate(found):
         key = error.field.rpartition(".")[2]
-        if trained and able[key]:
-            problem = f"{strategy} does not run this setting; use strategy_name {' or '.join(able[key])}, or remove it"
+        able = [name for name, keys in READ_MODEL.items() if key in keys and name.endswith(jobs)]
+        if able and not critic:
+            problem = f"{strategy} does not run this setting; use strategy_name {' or '.join(able)}, or remove it"
             found[i] = ConfigError(error.field, problem)
-    return found
+    return found + _adapters(config.actor_train.model_args, path) if worker is config.actor_train else found
+
+
+def _adapters(model: ModelArguments, path: str) -> list[ConfigError]:
+    """Refuse what cannot go with an adapter that is trained, or without one."""
+    with_adapter = model.lora_target is not None or model.adapter_name_or_path is not None
+    if not with_adapter and model.additional_target is not None:
+        problem = "is trained beside an adapter, and there is none; set lora_target too, or remove it"
+        return [ConfigError(f"{path}.model_args.additional_target", problem)]
+    if with_adapter and model.lora_dropout > 0:
+        problem = "old and new log-probabilities must be those of one function, which dropout is not; use 0"
+        return [ConfigError(f"{path}.model_args.lora_dropout", problem)]
+    return []
 
 
 def _backend(config: PipelineConfig, worker: WorkerConfig, path: str) -> list[ConfigError]:

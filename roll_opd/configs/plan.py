@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 from roll_opd.configs.device_mapping import format_devices
-from roll_opd.configs.launch_checks import launched_roles, starts_critic
+from roll_opd.configs.launch_checks import model_holders, starts_critic, weight_followers
 from roll_opd.configs.loader import LoadedConfig
-from roll_opd.configs.memory import memory_per_device
+from roll_opd.configs.memory import DeviceGroup, Footprint, device_groups, footprint, head_bytes, show_size, turn_bytes
 from roll_opd.configs.worker_config import WorkerConfig
 
 
@@ -42,13 +44,18 @@ def plan_as_dict(loaded: LoadedConfig) -> dict[str, Any]:
         "roles": roles,
         "teachers": teachers,
         "rewards": rewards,
+        "memory": {path: found and dataclasses.asdict(found) for path, found in _footprints(loaded).items()},
+        "sharing": [
+            {"devices": list(group.devices), "roles": list(group.roles)}
+            for group in device_groups(model_holders(config, names))
+        ],
         "warnings": list(loaded.warnings),
     }
 
 
 def render_plan_text(loaded: LoadedConfig) -> str:
     """The plan as a table with estimated memory and warnings."""
-    config, names, plan = loaded.config, loaded.yaml_names, plan_as_dict(loaded)
+    config, plan = loaded.config, plan_as_dict(loaded)
     rows: list[tuple[str, ...]] = [("role", "in the YAML", "model", "strategy", "devices", "world_size")]
     for role, entry in plan["roles"].items():
         if role == "reference" and config.teachers:
@@ -62,9 +69,7 @@ def render_plan_text(loaded: LoadedConfig) -> str:
         lines += ["", "teachers:"]
         for name, entry in plan["teachers"].items():
             lines.append(f"  {name}: tags {', '.join(entry['tags']) or '(all)'}, opd_kl_coef {entry['opd_kl_coef']:g}")
-    lines += ["", "estimated memory:"] + [
-        f"  {path}: {memory_per_device(worker, path)}" for path, worker in launched_roles(config, names).items()
-    ]
+    lines += ["", "estimated memory (activations come on top):"] + [f"  {line}" for line in _memory(loaded)]
     lines += ["", "rewards:" if plan["rewards"] else "rewards: none"]
     for name, entry in plan["rewards"].items():
         lines.append(f"  {name}: {entry['worker_cls']}, tags {', '.join(entry['tags']) or '(all)'}")
@@ -72,6 +77,63 @@ def render_plan_text(loaded: LoadedConfig) -> str:
     for warning in plan["warnings"]:
         lines += textwrap.wrap(warning, 116, initial_indent="  - ", subsequent_indent="    ", break_long_words=False)
     return "\n".join(lines)
+
+
+def _footprints(loaded: LoadedConfig) -> dict[str, Footprint | None]:
+    config, heads = loaded.config, head_bytes(loaded.config)
+    return {
+        path: footprint(worker, heads if worker is config.actor_train else 0.0)
+        for path, worker in model_holders(config, loaded.yaml_names).items()
+    }
+
+
+def _memory(loaded: LoadedConfig) -> list[str]:
+    """A table of the roles, and a line for each group of devices."""
+    found, roles = _footprints(loaded), model_holders(loaded.config, loaded.yaml_names)
+    rows: list[tuple[str, ...]] = [("role", "on each", "weights", "training", "other")]
+    for path, worker in roles.items():
+        place = "device" if worker.device_mapping is not None else "process"
+        rows.append((path, place, *_sizes(found[path])))
+    lines = _table(rows)
+    for group in device_groups(roles):
+        lines += textwrap.wrap(_sharing(group, found, loaded), 114, subsequent_indent="  ")
+    return lines
+
+
+def _sizes(found: Footprint | None) -> tuple[str, str, str]:
+    if found is None:
+        return "unknown", "", ""
+    if not found.total:
+        return "none here", "", ""
+    other = [f"teachers' heads {show_size(found.heads)}"] if found.heads else []
+    other += [f"cache {show_size(found.cache)}"] if found.cache else []
+    other += [f"with its cache {found.share:.0%} of the device"] if found.share else []
+    other += ["in host memory (offload_policy)"] if found.in_host_memory else []
+    return show_size(found.weights), show_size(found.training) if found.training else "-", ", ".join(other) or "-"
+
+
+def _sharing(group: DeviceGroup, found: Mapping[str, Footprint | None], loaded: LoadedConfig) -> str:
+    """One sentence: who is on these devices, and what that takes at once."""
+    roles = model_holders(loaded.config, loaded.yaml_names)
+    known = {path: size for path in group.roles if (size := found[path]) is not None}
+    names, unknown = ", ".join(group.roles), "" if len(known) == len(group.roles) else ", beside what is unknown"
+    where = f"device{'s' * (len(group.devices) > 1)} {format_devices(list(group.devices))}: {names}"
+    where += " take turns" if len(group.roles) > 1 else ""
+    where = where if group.devices else f"without devices: {names}"
+    if not known:
+        return f"{where}: unknown"
+    if not group.devices:
+        at_once = sum(size.total * (roles[path].world_size or 1) for path, size in known.items())
+        return f"{where}: {show_size(at_once)} together{unknown}"
+    turns = turn_bytes(known, loaded.yaml_names["actor_train"], weight_followers(loaded))
+    largest = max(turns, key=lambda turn: turns[turn])
+    engines = [f"{size.share:.0%} of it ({path})" for path, size in known.items() if size.share]
+    said = f"{where}: {show_size(turns[largest])} of each"
+    if len(group.roles) > 1:
+        said = f"{where}: the largest one takes {show_size(turns[largest])} of each device ({largest})"
+    said = " or ".join([said, *engines]) + unknown
+    waiting = sum(size.total for size in known.values()) - min(size.total for size in known.values())
+    return f"{said}; up to {show_size(waiting)} for each wait in host memory" if len(known) > 1 else said
 
 
 def _strategy(worker: WorkerConfig) -> str | None:

@@ -306,7 +306,6 @@ ROLL_KEYS: dict[str, dict[str, RollKey]] = {
         **_same("sleep_level"),
         **_fixed(
             load_format="`auto` when left out, where ROLL has `dummy`",
-            logprobs_mode="set to what the sampling settings need when left out",
         ),
         **_ignored(_MEDIA, "disable_mm_preprocessor_cache limit_mm_per_prompt"),
         **_ignored(_MORE, "cuda_graph_sizes cudagraph_capture_sizes optimization_level disable_custom_all_reduce"),
@@ -315,6 +314,7 @@ ROLL_KEYS: dict[str, dict[str, RollKey]] = {
         **_ignored("V1 is the engine that vLLM has", "VLLM_USE_V1"),
         **_ignored("adapters are merged into the weights that engines get", "max_loras max_lora_rank"),
         **_planned("`device_mapping` says how many engines there are", 1, names="data_parallel_size"),
+        **_planned("log-probabilities are those at temperature 1", "raw_logprobs", names="logprobs_mode"),
     },
     "MegatronSettings": {
         **_same("tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size"),

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from roll_opd.configs.worker_config import WorkerConfig
 from roll_opd.distributed.layout import Layout, layout_of
 from roll_opd.distributed.placement import Placement
 from roll_opd.distributed.process_spec import ProcessSpec, thread_environment
-from roll_opd.distributed.runtime import LOOPBACK, get
+from roll_opd.distributed.runtime import get
 
 logger = logging.getLogger(__name__)
 
@@ -70,22 +69,20 @@ class Cluster:
         # A role without a model, a reward, has as many shares as processes.
         self.layout = layout_of(config) if config.strategy_args else Layout.data_parallel(config.world_size or 1)
         slots = placement.slots(config, threads)
-        environment = thread_environment(threads) | {
-            k: str(v) for k, v in {**system_envs, **config.system_envs}.items()
+        environment = {
+            # Otherwise some versions of Ray hide the GPUs from actors that reserve none; we assign devices ourselves.
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            **thread_environment(threads),
+            **{k: str(v) for k, v in {**system_envs, **config.system_envs}.items()},
         }
-        if ray.util.get_node_ip_address() == LOOPBACK:
-            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
         for rank, slot in enumerate(slots):
             options: dict[str, Any] = {
                 # CPU processes are many and mostly idle; threads, not Ray's CPU slots, are what we share out.
                 "num_cpus": 0,
                 "runtime_env": {"env_vars": environment},
                 "max_restarts": 0,
+                "scheduling_strategy": placement.strategy(slot),
             }
-            if slot.node is not None and placement.group is not None:
-                options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
-                    placement.group, placement_group_bundle_index=slot.node
-                )
             spec = ProcessSpec(role, rank, len(slots), slot.gpu_ids, slot.threads, log_dir, seed)
             self.workers.append(ray.remote(worker_cls).options(**options).remote(spec))
 

@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 
 import ray
 from ray._private import ray_constants
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from roll_opd.configs.base_config import RayArguments
-from roll_opd.errors import ConfigError, LaunchError, RollOPDError, WorkerError
+from roll_opd.errors import ConfigError, LaunchError, RollOPDError, WorkerDiedError, WorkerError
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +43,6 @@ def _start(args: RayArguments) -> None:
     # Telemetry and colour belong to neither a laptop nor a log file.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
-    # Otherwise Ray hides the GPUs from actors that hold a share of a node's bundle; we assign devices ourselves.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray announces that a local cluster asks for a token; that is as it should be, and no news to the user.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
@@ -119,7 +117,8 @@ def get(refs: Any, timeout: float | None = None, what: str = "a worker") -> Any:
 
     Raises:
         RollOPDError: the worker raised one.
-        WorkerError: the worker process died, or gave no answer in time.
+        WorkerDiedError: the worker process died.
+        WorkerError: it cannot be reached, or gave no answer in time.
     """
     try:
         return ray.get(refs, timeout=timeout)
@@ -129,8 +128,12 @@ def get(refs: Any, timeout: float | None = None, what: str = "a worker") -> Any:
         raise WorkerError(f"{what} gave no answer within {timeout:.0f} s (rpc_timeout)") from error
     except RayError as error:
         reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:3])
-        fate = "a process died" if isinstance(error, RayActorError) else "an object was lost"
-        raise WorkerError(f"{what}: {fate}; its log is in logging_dir. Ray says: {reason}") from error
+        where = f"its log is in logging_dir. Ray says: {reason}"
+        if isinstance(error, ActorUnavailableError):
+            raise WorkerError(f"{what}: a process cannot be reached; {where}") from error
+        if isinstance(error, RayActorError):
+            raise WorkerDiedError(f"{what}: a process died; {where}") from error
+        raise WorkerError(f"{what}: an object was lost; {where}") from error
 
 
 def user_error(error: RayTaskError) -> BaseException:

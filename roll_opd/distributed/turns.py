@@ -15,14 +15,21 @@ called at the start of each phase with those that the phase needs at the same ti
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from ray.exceptions import RayTaskError
+
 from roll_opd.distributed.cluster import Cluster
+from roll_opd.errors import EngineDiedError, WorkerDiedError, WorkerError
 
 logger = logging.getLogger(__name__)
+
+AWAY, WEIGHTS, ALL = range(3)
+"""What a role has on its devices; the more, the larger."""
 
 
 class Turns:
@@ -30,17 +37,22 @@ class Turns:
 
     Args:
         clusters: the roles that hold models. Those without a ``device_mapping`` share nothing.
+        spare: roles that do without workers that have died, as long as one is left.
+
+    Raises (all that move roles):
+        WorkerError: a worker died, or could not be moved, for example because the host's memory is full.
     """
 
-    def __init__(self, clusters: Mapping[str, Cluster]) -> None:
+    def __init__(self, clusters: Mapping[str, Cluster], spare: Collection[str] = ()) -> None:
         self.clusters = dict(clusters)
+        self._spare = frozenset(spare)
         devices = {name: set(cluster.config.device_mapping or ()) for name, cluster in clusters.items()}
         self._rivals = {
             name: {other for other, theirs in devices.items() if other != name and mine & theirs}
             for name, mine in devices.items()
         }
-        # Of the roles that share: away, weights or all.
-        self._state = {name: "all" for name, rivals in self._rivals.items() if rivals}
+        # Of the roles that share.
+        self._state = {name: ALL for name, rivals in self._rivals.items() if rivals}
         self._lock = threading.Lock()
 
     @property
@@ -75,9 +87,9 @@ class Turns:
         return groups
 
     def left(self, name: str) -> None:
-        """Note that ``name`` is told to leave right after it has loaded, to give room to the next one that loads."""
+        """Make ``name`` leave right after it has loaded, to give room to the next one that loads."""
         if name in self._state:
-            self._set(name, "away")
+            self._move({name: AWAY})
 
     def take(self, *names: str, weights_only: bool = False) -> None:
         """Bring ``names`` to their devices, once all that share a device with one of them have left.
@@ -89,30 +101,54 @@ class Turns:
         with self._lock:
             wanted = [name for name in names if name in self._state]
             assert weights_only or not self._clash(wanted), f"{wanted} share devices and cannot be there together"
-            for other in {rival for name in wanted for rival in self._rivals[name]} - set(wanted):
-                self._set(other, "away")
+            rivals = {rival for name in wanted for rival in self._rivals[name]}
+            moves = {name: AWAY for name in self._state if name in rivals}
+            moves |= dict.fromkeys(wanted, WEIGHTS if weights_only else ALL)
             # What must shrink does so before anything grows.
-            for name in sorted(wanted, key=lambda name: self._state[name] != "all"):
-                self._set(name, "weights" if weights_only else "all")
+            self._move({name: state for name, state in moves.items() if state < self._state[name]})
+            self._move({name: state for name, state in moves.items() if state > self._state[name]})
+
+    @contextlib.contextmanager
+    def guest(self, name: str) -> Iterator[None]:
+        """Have the weights of ``name`` on its devices for the moment, beside whoever is there."""
+        with self._lock:
+            is_away = self._state.get(name) == AWAY
+            if is_away:
+                self._move({name: WEIGHTS})
+            yield
+            if is_away:
+                self._move({name: AWAY})
 
     def _clash(self, names: Collection[str]) -> bool:
         return any(self.share(one, other) for one in names for other in names if one != other)
 
-    def _set(self, name: str, state: str) -> None:
-        before = self._state[name]
-        if before == state:
-            return
-        method, *args = _STEPS[before, state]
-        logger.debug("%s: %s (%s -> %s)", name, method, before, state)
-        self.clusters[name].call_all(method, *args)
-        self._state[name] = state
+    def _move(self, moves: Mapping[str, int]) -> None:
+        """Move roles side by side; a role that is there already is not told."""
+        started = []
+        for name, state in moves.items():
+            before = self._state[name]
+            if before == state:
+                continue
+            method = "offload" if state < before else "onload"
+            weights = state == WEIGHTS
+            logger.debug("%s: %s(%s)", name, method, weights)
+            started.append((name, state, method, self.clusters[name].start_all(method, weights)))
+        for name, state, method, refs in started:
+            self._wait(name, method, refs)
+            self._state[name] = state
 
-
-_STEPS: dict[tuple[str, str], tuple[Any, ...]] = {
-    ("all", "away"): ("offload", False),
-    ("weights", "away"): ("offload", False),
-    ("all", "weights"): ("offload", True),
-    ("away", "weights"): ("onload", True),
-    ("away", "all"): ("onload", False),
-    ("weights", "all"): ("onload", False),
-}
+    def _wait(self, name: str, method: str, refs: list[Any]) -> None:
+        deaths = []
+        for ref in refs:
+            try:
+                self.clusters[name].wait(ref, method)
+            except EngineDiedError as error:
+                # It holds nothing any more. Whoever asks it next has it replaced, or stops the run.
+                logger.warning("%s: %s", name, error)
+            except WorkerDiedError as error:
+                deaths.append(error)
+                if name not in self._spare or len(deaths) == len(refs):
+                    raise
+            except RayTaskError as error:
+                what = "leave its devices" if method == "offload" else "come back to its devices"
+                raise WorkerError(f"{name} could not {what}: {error.cause!r}") from error

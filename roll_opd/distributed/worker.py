@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import socket
+import struct
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from roll_opd.utils.logging import configure_logging, log_file_path
 
 logger = logging.getLogger(__name__)
 
+SIOCGIFADDR = 0x8915
+"""Linux's number for the question which IPv4 address an interface has."""
+
 
 class Worker:
     """Sets the process up; a subclass loads its model in ``setup``, where errors reach the driver as themselves."""
@@ -27,6 +32,10 @@ class Worker:
             # its GPUs, ours are counted within that part.
             given = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(given[i] if given else str(i) for i in spec.gpu_ids)
+        # Gloo otherwise takes whatever address the host's name stands for, which other nodes often cannot reach.
+        interface = _interface_of(ray.util.get_node_ip_address())
+        if interface is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         torch.set_num_threads(spec.threads)
         torch.manual_seed(spec.seed)
         self.spec = spec
@@ -67,3 +76,16 @@ class Worker:
             world_size=self.spec.world_size,
             timeout=timedelta(minutes=timeout_minutes),
         )
+
+
+def _interface_of(address: str) -> str | None:
+    """Name of the network interface that has the IPv4 ``address``; None: none of them."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:  # an interface without an IPv4 address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None

@@ -179,6 +179,7 @@ class BasePipeline(ABC):
             for name in self.moving:
                 folder = resume_from / f"teacher-{name}"
                 if folder.is_dir():
+                    self.clusters.turns.take(TEACHER_ROLE + name)
                     self.clusters.scorers[name].call_all("load_model", str(folder))
                 else:
                     logger.warning("%s holds no weights of teacher %s, which did not move then", resume_from, name)
@@ -213,7 +214,8 @@ class BasePipeline(ABC):
 
     def _revive(self, worker: Any) -> None:
         """Bring a worker of the generator back whose engine has died while it sampled."""
-        self.weight_syncs["actor_infer"].revive(worker)
+        with self.clusters.turns.guest("actor_train"):
+            self.weight_syncs["actor_infer"].revive(worker)
 
     def _score_again(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         """Have the teachers score once more, in the middle of the trainer's turn."""
@@ -286,6 +288,7 @@ class BasePipeline(ABC):
                     self.clusters.critic.call_all("export_hf", str(folder / "critic-hf"))
                     self.tokenizer.save_pretrained(folder / "critic-hf")
             for name in self.moving:
+                turns.take(TEACHER_ROLE + name)
                 cluster = self.clusters.scorers[name]
                 cluster.wait(cluster.workers[0].save_model.remote(str(folder / f"teacher-{name}")), "save_model")
             (folder / CONFIG_FILE).write_text(config_for_checkpoint_json(self.config))

@@ -116,7 +116,9 @@ class RoleClusters:
         logger.info("threads per process: %s", ", ".join(f"{role} {n}" for role, n in threads.items()))
         roles = {"actor_train": self.train, "critic": self.critic, "actor_infer": self.infer}
         scorers = {f"teacher-{name}": scorer for name, scorer in self.scorers.items()}
-        self.turns = Turns({role: c for role, c in {**roles, **scorers}.items() if c is not None})
+        # A teacher does without replicas that have died (see TeacherPool); the ranks of one model do not.
+        spare = [role for role, scorer in scorers.items() if not scorer.is_sharded]
+        self.turns = Turns({role: c for role, c in {**roles, **scorers}.items() if c is not None}, spare)
         self._setup()
         self.teacher_pool = TeacherPool(
             {name: (self.scorer_configs[name], c.replicas) for name, c in self.scorers.items()},

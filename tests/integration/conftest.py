@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,33 @@ def run() -> Callable[..., Finished]:
         return Finished(json.loads(summary.read_text()), folder)
 
     return in_process
+
+
+@pytest.fixture(scope="session")
+def ray_nodes() -> Callable[..., AbstractContextManager[str]]:
+    """Start a cluster of one node for each number of GPUs, the head first: ``with ray_nodes(0, 4) as address``.
+
+    All nodes are on this machine's loopback. Their GPUs are only counted: nothing checks that they exist.
+    """
+
+    @contextmanager
+    def start(*gpus: int) -> Iterator[str]:
+        from ray._private import ray_constants
+        from ray.cluster_utils import Cluster
+
+        # As in runtime.py: what Ray takes for a desktop keeps the loopback address that it is given.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        cluster = Cluster()
+        try:
+            for number in gpus:
+                # No CPU slots: nothing of ours asks for one, and Ray would start idle processes for them.
+                cluster.add_node(num_cpus=0, num_gpus=number, node_ip_address="127.0.0.1", include_dashboard=False)
+            yield cluster.address
+        finally:
+            cluster.shutdown()
+
+    return start
 
 
 @dataclass

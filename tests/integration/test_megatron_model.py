@@ -1,4 +1,4 @@
-"""Megatron-core's models over real ranks, against transformers in one process: log-probabilities, gradients, weights."""
+"""Megatron-core's models over real ranks against transformers: log-probabilities, gradients, weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ LLAMA3_ROPE = {
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 MODELS: dict[str, Any] = {
     "llama": (LlamaForCausalLM, LlamaConfig(**SHAPE | {"num_key_value_heads": 1}, rope_parameters=LLAMA3_ROPE)),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**{k: v for k, v in SHAPE.items() if k != "head_dim"})),
+    "qwen2": (
+        Qwen2ForCausalLM,
+        Qwen2Config(**{k: v for k, v in SHAPE.items() if k != "head_dim"} | {"num_hidden_layers": 8}),
+    ),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SHAPE, tie_word_embeddings=True)),
     "moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig(**SHAPE, **EXPERTS, norm_topk_prob=True)),
     "moe-unnormalised": (Qwen3MoeForCausalLM, Qwen3MoeConfig(**SHAPE, **EXPERTS, norm_topk_prob=False)),
@@ -61,10 +64,10 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("qwen3", 2, TP),
     ("qwen3", 2, SP | FULL),
     ("qwen3", 2, PP),
-    ("qwen2", 2, PP | {"virtual_pipeline_model_parallel_size": 2}),
     ("moe", 2, EP),
     ("moe", 2, SP),  # each expert's matrices are split
     ("moe-unnormalised", 2, SP | EP),  # the experts are dealt out, the other matrices split
+    ("qwen2", 4, {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 2}),
     ("qwen3", 4, SP | PP),
     ("moe", 4, PP | EP),
 ]
@@ -188,7 +191,7 @@ class TestLayouts:
         for dp_rank in range(dp_size(case)):
             ours = load_file(found / f"{name_of(*case)}-dp{dp_rank}.safetensors")
             theirs = expected[case[0], dp_size(case)]
-            for i in range(2):
+            for i in range(4):
                 for kind in ("logprobs", "entropy"):
                     torch.testing.assert_close(
                         ours[f"{kind}-{i}"], theirs[f"dp{dp_rank}-{kind}-{i}"], atol=1e-5, rtol=1e-5

@@ -7,6 +7,9 @@ from typing import Literal
 
 from roll_opd.configs.field_spec import ranged
 
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+"""``model_type`` of the models that are computed with Megatron-core as transformers computes them."""
+
 
 @dataclass(frozen=True)
 class MegatronSettings:
@@ -23,7 +26,7 @@ class MegatronSettings:
     expert_model_parallel_size: int = ranged(1, ge=1)
     """Ranks that share the experts of a mixture-of-experts model."""
     sequence_parallel: bool = False
-    """Split activations between the matrices over the tensor-parallel ranks too, where there are several."""
+    """Split activations between the matrices over the tensor-parallel ranks too. False where there is only one."""
     use_distributed_optimizer: bool = True
     """Spread the optimizer's state over the data-parallel ranks."""
     recompute_granularity: Literal["full", "selective"] | None = None
@@ -40,7 +43,12 @@ class MegatronSettings:
     moe_grouped_gemm: bool = False
     """One grouped matrix product for all experts of a rank; needs CUDA."""
 
-    @property
-    def splits_sequences(self) -> bool:
-        """Whether `sequence_parallel` has an effect: there are tensor-parallel ranks to split over."""
-        return self.sequence_parallel and self.tensor_model_parallel_size > 1
+    def __post_init__(self) -> None:
+        """Fill in what follows from other settings, so that whoever reads one need not know the others."""
+        if self.tensor_model_parallel_size == 1:
+            object.__setattr__(self, "sequence_parallel", False)
+        if self.virtual_pipeline_model_parallel_size == 1:
+            object.__setattr__(self, "virtual_pipeline_model_parallel_size", None)
+        if self.recompute_granularity == "full":
+            object.__setattr__(self, "recompute_method", self.recompute_method or "uniform")
+            object.__setattr__(self, "recompute_num_layers", self.recompute_num_layers or 1)

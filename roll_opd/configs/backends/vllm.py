@@ -18,7 +18,7 @@ class VLLMSettings:
     """Devices that share the layers of one engine."""
     gpu_memory_utilization: float = ranged(0.9, gt=0, le=1)
     """Share of a GPU's memory that weights and key-value cache may take; without GPUs it has no effect."""
-    cpu_kvcache_space_gb: float = ranged(1.0, gt=0)
+    cpu_kvcache_space_gb: int = ranged(1, ge=1)
     """Host memory for the key-value cache of an engine without GPUs, in GiB."""
     max_model_len: int | None = ranged(None, ge=1)
     """Longest sequence; null: the pipeline's `sequence_length`."""
@@ -34,8 +34,6 @@ class VLLMSettings:
     """Share the cache of equal prompts, as those of a group are."""
     enable_chunked_prefill: bool | None = None
     """Cut long prompts into parts that share steps with decoding; null: vLLM's default."""
-    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] | None = None
-    """Which distribution reported log-probabilities belong to; null: the one that the sampling setting needs."""
     load_format: Literal["auto", "dummy"] = "auto"
     """Where the first weights come from; the first weight update replaces them in either case."""
     sleep_level: Literal[1, 2] = 1

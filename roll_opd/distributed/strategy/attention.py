@@ -60,7 +60,7 @@ def choose(
         installed = is_flash_attn_2_available() if wanted == "fa2" else is_flash_attn_3_available()
         if not (on_gpu and half and installed):
             raise ModelError(
-                f"{field}: {wanted!r} needs a CUDA device, the package of flash-attention and dtype bf16 or fp16; use auto"
+                f"{field}: {wanted!r} needs CUDA, its package of flash-attention and dtype bf16 or fp16; use auto"
             )
         return _FLASH[wanted], True
     if wanted == "flex" and not on_gpu:

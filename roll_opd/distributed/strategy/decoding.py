@@ -147,15 +147,17 @@ class DecodingLoop:
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
             sequence.kept += mass
-            if token in self.stop_ids or self._hits_stop_string(sequence.tokens, sampling.stop_strings):
+            if token in self.stop_ids or has_stop_string(sequence.tokens, sampling.stop_strings, self.decode):
                 sequence.finish_reason = "stop"
 
-    def _hits_stop_string(self, tokens: list[int], stop_strings: tuple[str, ...]) -> bool:
-        if not stop_strings:
-            return False
-        # A token is at least one byte, so the last len(stop) tokens, and some slack for split characters, suffice.
-        tail = self.decode(tokens[-(max(len(s.encode()) for s in stop_strings) + 4) :])
-        return any(s in tail for s in stop_strings)
+
+def has_stop_string(tokens: list[int], stop_strings: tuple[str, ...], decode: Callable[[list[int]], str]) -> bool:
+    """Whether the text of ``tokens`` contains one of ``stop_strings``; to be asked after every token."""
+    if not stop_strings:
+        return False
+    # A token is at least one byte, so the last len(stop) tokens, and some slack for split characters, suffice.
+    tail = decode(tokens[-(max(len(s.encode()) for s in stop_strings) + 4) :])
+    return any(s in tail for s in stop_strings)
 
 
 def _uniforms(seed: int, count: int) -> np.ndarray:

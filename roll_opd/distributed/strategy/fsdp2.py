@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from roll_opd.algorithms.chunked_head import Head
 from roll_opd.algorithms.loss import Loss
@@ -23,7 +24,8 @@ from roll_opd.distributed.strategy.base import (
     WeightBucket,
 )
 from roll_opd.distributed.strategy.loss_inputs import RowTensors
-from roll_opd.distributed.strategy.packed_model import DTYPES, as_bytes, head_of, load_model
+from roll_opd.distributed.strategy.packed_model import as_bytes, head_of, packed_model_of
+from roll_opd.distributed.strategy.pretrained import DTYPES, Checkpoint
 from roll_opd.distributed.strategy.scoring import score_row
 from roll_opd.distributed.strategy.sharded_trainer import ShardedTrainer, disk_errors
 from roll_opd.distributed.strategy.tokenizer import Vocabulary
@@ -53,31 +55,19 @@ class FSDP2Strategy:
     ) -> None:
         self.config = config
         self.device = device
-        self.model = load_model(
-            config.model_args, role=role, vocab_size=vocabulary.size, device=device, dtype=torch.float32
-        )
+        checkpoint = Checkpoint(AutoModelForCausalLM, config.model_args, role=role, device=device, dtype=torch.float32)
+        self.model = packed_model_of(checkpoint, checkpoint.empty(), vocabulary.size, config.logits_in_fp32)
         self._teacher_heads: dict[str, Head] = {}
         self._tied = _tied_names(self.model.lm)
         self.trainer = ShardedTrainer(
-            role,
-            config,
-            self.model,
-            self.model.lm,
-            device,
-            max_grad_norm=max_grad_norm,
-            total_updates=total_updates,
+            config, checkpoint, self.model, self.model.lm, max_grad_norm=max_grad_norm, total_updates=total_updates
         )
 
     # ---- scoring -------------------------------------------------------------------------------------------------
 
     def score(self, requests: Sequence[ScoreRequest], want: ScoreWant = SAMPLED_ONLY) -> list[ScoreResult]:
         """See :class:`~roll_opd.distributed.strategy.base.TrainStrategy`."""
-        results: list[ScoreResult] = []
-        with torch.no_grad():
-            for row, ours in self.trainer.rows(requests):
-                scores = score_row(self.model, row, want if ours else SAMPLED_ONLY)
-                results += scores if ours else []
-        return results
+        return self.trainer.by_row(requests, lambda row: score_row(self.model, row, want))
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -141,7 +131,18 @@ class FSDP2Strategy:
             self.model.lm.config.dtype = dtype
             with disk_errors("checkpoint_config.output_dir", f"cannot write {folder}"):
                 self.model.lm.save_pretrained(folder, state_dict=state)
+        self.trainer.export_adapters(f"{folder}/adapter")
         dist.barrier()
+
+    # ---- residence -----------------------------------------------------------------------------------------------
+
+    def offload(self, keep_weights: bool = False) -> None:
+        """See :class:`~roll_opd.distributed.strategy.base.Resident`."""
+        self.trainer.offload(keep_weights)
+
+    def onload(self, weights_only: bool = False) -> None:
+        """See :class:`~roll_opd.distributed.strategy.base.Resident`."""
+        self.trainer.onload(weights_only)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 

@@ -8,14 +8,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import AutoModel
 
 from roll_opd.algorithms.value_loss import value_loss
 from roll_opd.configs.worker_config import WorkerConfig
 from roll_opd.distributed.strategy.base import ScoreRequest, TrainItem
-from roll_opd.distributed.strategy.packed_model import DTYPES
+from roll_opd.distributed.strategy.pretrained import DTYPES, Checkpoint
 from roll_opd.distributed.strategy.sharded_trainer import ShardedTrainer, disk_errors
 from roll_opd.distributed.strategy.tokenizer import Vocabulary
-from roll_opd.distributed.strategy.value_model import load_value_model, save_value_model
+from roll_opd.distributed.strategy.value_model import save_value_model, value_model_of
 from roll_opd.trajectory import FloatArray, PackedBatch
 
 
@@ -43,29 +44,30 @@ class FSDP2ValueStrategy:
     ) -> None:
         self.config = config
         self.device = device
-        self.model = load_value_model(config.model_args, role=role, vocab_size=vocabulary.size, device=device)
+        checkpoint = Checkpoint(AutoModel, config.model_args, role=role, device=device, dtype=torch.float32)
+        self.model = value_model_of(checkpoint, checkpoint.empty(), vocabulary.size)
         self.trainer = ShardedTrainer(
-            role,
             config,
+            checkpoint,
             self.model,
             self.model.backbone,
-            device,
             max_grad_norm=max_grad_norm,
             total_updates=total_updates,
             full_precision=[self.model.value_head],
+            rtol=1e-3,
         )
 
     def values(self, requests: Sequence[ScoreRequest]) -> list[FloatArray]:
         """See :class:`~roll_opd.distributed.strategy.factory.ValueStrategy`."""
-        results: list[FloatArray] = []
-        with torch.no_grad():
-            for row, ours in self.trainer.rows(requests):
-                batch = PackedBatch.pack([r.tokens for r in row], [r.response_mask for r in row])
-                values, target = self.model.values(batch)
-                spread = np.zeros(len(batch.tokens), dtype=np.float32)
-                spread[target] = values.cpu().numpy()
-                results += batch.split(spread) if ours else []
-        return results
+
+        def values_of(row: Sequence[ScoreRequest]) -> list[FloatArray]:
+            batch = PackedBatch.pack([r.tokens for r in row], [r.response_mask for r in row])
+            values, target = self.model.values(batch)
+            spread = np.zeros(len(batch.tokens), dtype=np.float32)
+            spread[target] = values.cpu().numpy()
+            return batch.split(spread)
+
+        return self.trainer.by_row(requests, values_of)
 
     def train_step(self, micro_batches: Sequence[Sequence[TrainItem]], value_clip: float | None) -> dict[str, float]:
         """See :class:`~roll_opd.distributed.strategy.factory.ValueStrategy`.
@@ -107,6 +109,14 @@ class FSDP2ValueStrategy:
             with disk_errors("checkpoint_config.output_dir", f"cannot write {folder}"):
                 save_value_model(self.model, state, folder, DTYPES[self.config.model_args.dtype])
         dist.barrier()
+
+    def offload(self, keep_weights: bool = False) -> None:
+        """See :class:`~roll_opd.distributed.strategy.base.Resident`."""
+        self.trainer.offload(keep_weights)
+
+    def onload(self, weights_only: bool = False) -> None:
+        """See :class:`~roll_opd.distributed.strategy.base.Resident`."""
+        self.trainer.onload(weights_only)
 
     def save(self, folder: str) -> None:
         """Write weights, optimizer, schedule and random state; every rank its part."""

@@ -26,8 +26,9 @@ from roll_opd.distributed.strategy.base import (
 )
 from roll_opd.distributed.strategy.decoding import DecodingLoop
 from roll_opd.distributed.strategy.packed_model import PackedModel, as_bytes, load_model, raw_of
-from roll_opd.distributed.strategy.scoring import rows_of, score_row
+from roll_opd.distributed.strategy.scoring import in_order_of, rows_of, score_row
 from roll_opd.distributed.strategy.tokenizer import Vocabulary
+from roll_opd.distributed.strategy.weight_update import WeightUpdate
 from roll_opd.errors import GenerationError, ModelError
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,12 @@ class HFStrategy:
         self.role, self.config, self.device = role, config, device
         self.vocabulary = vocabulary
         self.model: PackedModel = load_model(
-            config.model_args, role=role, vocab_size=vocabulary.size, device=device
+            config.model_args,
+            role=role,
+            vocab_size=vocabulary.size,
+            device=device,
+            decodes=generates,
+            logits_in_fp32=config.logits_in_fp32,
         ).requires_grad_(False)
         if generates and not self.model.packs:
             raise ModelError(
@@ -63,12 +69,11 @@ class HFStrategy:
                 f"to all earlier tokens; {config.model_args.model_name_or_path!r} has sliding windows or the like"
             )
         self.version = 0
-        self._mix = 1.0
-        self._mixed: set[int] = set()
         self._loop = DecodingLoop(self.model, vocabulary.stop_ids, vocabulary.decode)
         # One request list, scoring call or weight update at a time: they share the weights and the cores.
         self._lock = threading.Lock()
         self._parameters = dict(self.model.lm.named_parameters(remove_duplicate=False))
+        self._update = WeightUpdate(self._parameters, mix=1.0)
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[GenerateResult]:
         """See :class:`~roll_opd.distributed.strategy.base.GenerateStrategy`; the work is done in a thread."""
@@ -98,11 +103,10 @@ class HFStrategy:
 
     def score(self, requests: Sequence[ScoreRequest], want: ScoreWant = SAMPLED_ONLY) -> list[ScoreResult]:
         """See :class:`~roll_opd.distributed.strategy.base.ScoreStrategy`."""
-        results: list[ScoreResult] = []
+        rows = rows_of(requests, self.config)
         with self._lock, torch.inference_mode():
-            for row in rows_of(requests, self.config):
-                results += score_row(self.model, row, want)
-        return results
+            results = [result for row in rows for result in score_row(self.model, row, want)]
+        return in_order_of(requests, rows, results)
 
     def head(self) -> HeadWeights:
         """See :class:`~roll_opd.distributed.strategy.base.ScoreStrategy`."""
@@ -143,28 +147,11 @@ class HFStrategy:
     def begin_weight_update(self, version: int, mix: float = 1.0) -> None:
         """See :class:`~roll_opd.distributed.strategy.base.GenerateStrategy`; waits for what is being generated."""
         self._lock.acquire()
-        self._mix = mix
-        self._mixed = set()
+        self._update = WeightUpdate(self._parameters, mix)
 
-    @torch.no_grad()
     def load_weights(self, bucket: WeightBucket) -> dict[str, int]:
         """See :class:`~roll_opd.distributed.strategy.base.GenerateStrategy`; in place."""
-        for name, dtype, shape, raw in bucket.tensors:
-            if name not in self._parameters:
-                raise GenerationError(f"weight update: the generating model has no parameter {name!r}")
-            # copy(): what comes from the object store is read-only memory.
-            tensor = torch.from_numpy(raw.copy()).view(getattr(torch, dtype)).reshape(shape)
-            if tensor.shape != self._parameters[name].shape:
-                raise GenerationError(
-                    f"weight update: {name!r} is {tuple(shape)} in training, {tuple(self._parameters[name].shape)} in "
-                    f"generation; both student roles must name the same model"
-                )
-            held = self._parameters[name]
-            # A tied weight comes under each of its names, but must be mixed once.
-            if id(held) not in self._mixed:
-                self._mixed.add(id(held))
-                held.lerp_(tensor.to(held), self._mix) if self._mix < 1.0 else held.copy_(tensor)
-        return dict(bucket.checksums)
+        return self._update.take(bucket)
 
     def finish_weight_update(self, version: int) -> Mapping[str, int]:
         """See :class:`~roll_opd.distributed.strategy.base.GenerateStrategy`."""

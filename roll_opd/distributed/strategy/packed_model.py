@@ -6,19 +6,21 @@ read", and nothing outside this file knows about it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from roll_opd.algorithms.chunked_head import FullTarget, Head, HeadOutputs, SupportTarget, head_outputs
 from roll_opd.configs.model_args import ModelArguments
 from roll_opd.distributed.strategy.base import HeadWeights
-from roll_opd.distributed.strategy.pretrained import DTYPES, Checkpoint
+from roll_opd.distributed.strategy.pretrained import Checkpoint
 from roll_opd.errors import ModelError
 from roll_opd.trajectory import PackedBatch, RawTensor
 
@@ -47,21 +49,26 @@ class PackedModel(nn.Module):
     Args:
         lm: a transformers causal language model.
         vocab_size: ids at and above this are padding and take no part in any softmax.
-        packs: whether the attention of ``lm`` reads ``cu_seq_lens_q`` (see :func:`load_model`).
+        packs: whether the attention of ``lm`` reads ``cu_seq_lens_q`` (see :class:`Checkpoint`).
+        logits_in_fp32: apply the head in fp32, whatever the rest is computed in.
     """
 
-    def __init__(self, lm: PreTrainedModel, vocab_size: int, packs: bool = True) -> None:
+    def __init__(self, lm: PreTrainedModel, vocab_size: int, packs: bool = True, logits_in_fp32: bool = False) -> None:
         super().__init__()
         self.lm = lm
         self.vocab_size = vocab_size
         self.packs = packs
+        self.logits_in_fp32 = logits_in_fp32
         text_config = lm.config.get_text_config()
         self.soft_cap: float | None = getattr(text_config, "final_logit_softcapping", None)
 
     def head(self) -> Head:
         """Return the output projection. Its tensors are the parameters themselves, with their padding."""
         projection = self.lm.get_output_embeddings()
-        return Head(projection.weight, getattr(projection, "bias", None), self.soft_cap, self.vocab_size)
+        weight, bias = projection.weight, getattr(projection, "bias", None)
+        if self.logits_in_fp32:
+            weight, bias = weight.float(), None if bias is None else bias.float()
+        return Head(weight, bias, self.soft_cap, self.vocab_size)
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Return the final hidden states ``[N, H]`` of a packed row."""
@@ -85,12 +92,34 @@ class PackedModel(nn.Module):
         self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, source: Tensor, target: Tensor, apply: Apply
     ) -> Any:
         """Return what ``apply`` makes of the tokens at ``target``, read at ``source``."""
-        hidden = self.hidden_states(tokens, positions, cu_seqlens)[source]
-        return apply(hidden, self.head(), tokens[target])
+        head = self.head()
+        hidden = self.hidden_states(tokens, positions, cu_seqlens)[source].to(head.weight_VH.dtype)
+        return apply(hidden, head, tokens[target])
+
+    @torch.no_grad()
+    def ours_and_own(self) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities of a few tokens, as this class computes them and as the transformers model does."""
+        tokens, steps, bounds = self.few_tokens()
+        ours = self.forward(tokens, steps, bounds, steps[:-1], steps[1:], apply=head_outputs).logprobs_n
+        with own_attention(self.lm):
+            logits = self.lm(input_ids=tokens[None], use_cache=False).logits[0]
+        own = logits[:-1, : self.vocab_size].float().log_softmax(-1).gather(-1, tokens[1:, None]).squeeze(-1)
+        return ours, own
+
+    def few_tokens(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tokens, positions and bounds of a row of one short sequence."""
+        steps = torch.arange(8, device=self.device)
+        return (steps + 1) % self.vocab_size, steps, torch.tensor([0, 8], dtype=torch.int32, device=self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; the parameters may be kept elsewhere."""
+        parameter = next(self.parameters())
+        return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
 
     def at_sampled_tokens(self, batch: PackedBatch, apply: Apply) -> tuple[Any, NDArray[np.int64]]:
         """Forward ``batch``; return what ``apply`` gives and the positions ``[n]`` that it speaks about."""
-        device = next(self.parameters()).device
+        device = self.device
         source, target = shifted(batch)
 
         def put(array: NDArray[Any]) -> Tensor:
@@ -138,7 +167,7 @@ def load_model(
     """
     checkpoint = Checkpoint(AutoModelForCausalLM, args, role=role, device=device, dtype=dtype, decodes=decodes)
     model = packed_model_of(checkpoint, checkpoint.load(), vocab_size, logits_in_fp32).to(device).eval()
-    check_forward(model, checkpoint, model.lm)
+    check_forward(*model.ours_and_own(), checkpoint)
     return model
 
 
@@ -162,29 +191,36 @@ def packed_model_of(
 
 
 @torch.no_grad()
-def check_forward(model: Any, checkpoint: Checkpoint, lm: PreTrainedModel) -> None:
-    """Compare what a model of ours computes on a few tokens with what the transformers model in it does itself.
+def check_forward(ours: Tensor, own: Tensor, checkpoint: Checkpoint, rtol: float = 0.0) -> None:
+    """Compare what we compute with what the transformers model computes itself.
 
     Some families scale or shift their logits after the head, or bound attention scores; better to refuse them here than
     to train on wrong scores.
 
     Args:
-        model: has a method ``ours_and_own``, like :class:`PackedModel`'s.
-        checkpoint: what it was made from.
-        lm: the transformers model in it.
+        ours: as we compute it.
+        own: as the model's own code does.
+        checkpoint: what the model was made from.
+        rtol: tolerance relative to ``own``, beside the absolute one.
 
     Raises:
         ModelError: the two differ.
     """
-    vocab_size = lm.get_input_embeddings().num_embeddings
-    tokens = torch.arange(1, 9, device=checkpoint.device) % vocab_size
-    ours, own = model.ours_and_own(tokens)
-    tolerance = 1e-3 if own.dtype == torch.float32 else 0.25
-    if not torch.allclose(ours.float(), own.float(), atol=tolerance, rtol=1e-3):
+    tolerance = 1e-3 if checkpoint.args.dtype == "fp32" else 0.25
+    if not torch.allclose(ours.float(), own.float(), atol=tolerance, rtol=rtol):
         raise ModelError(
-            f"{checkpoint.field}: we do not compute {type(lm).__name__} as it computes itself (off by "
+            f"{checkpoint.field}: we do not compute {checkpoint.family} as it does itself (off by "
             f"{float((ours - own).abs().max()):.2g}); this family is not supported"
         )
+
+
+@contextlib.contextmanager
+def own_attention(lm: PreTrainedModel) -> Iterator[None]:
+    """Have a transformers model attend with its own code, which knows everything about its family."""
+    ours = lm.config._attn_implementation
+    lm.set_attn_implementation("eager")
+    yield
+    lm.set_attn_implementation(ours)
 
 
 def raw_of(tensor: Tensor) -> RawTensor:

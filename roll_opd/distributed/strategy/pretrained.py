@@ -102,12 +102,13 @@ class Checkpoint:
                 output_loading_info=True,
             )
         lm, loading = loaded
-        # transformers fills what a file lacks with random numbers and goes on; such a model must neither teach nor learn.
+        # transformers fills what a file lacks with random numbers and goes on; such a model must neither teach nor
+        # learn.
         absent = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
         if absent:
             raise ModelError(
-                f"{self.field}: the weights in {self.path!r} lack {len(absent)} tensor(s) of the model, or have them in "
-                f"another shape; first {absent[0]}"
+                f"{self.field}: the weights in {self.path!r} lack {len(absent)} tensor(s) of the model, or have them "
+                f"in another shape; first {absent[0]}"
             )
         return lm
 
@@ -201,6 +202,11 @@ class Checkpoint:
             return Path(snapshot_download(self.path, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
         except (OSError, ValueError):  # policy: as above
             return None
+
+    @property
+    def family(self) -> str:
+        """Name of the model's class, as far as the config says it."""
+        return (self.config.architectures or [self.config.model_type])[0]
 
     @contextlib.contextmanager
     def _model_errors(self) -> Iterator[None]:

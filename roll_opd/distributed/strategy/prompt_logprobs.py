@@ -115,6 +115,12 @@ def score_result(
     return ScoreResult(request.id, request.checksum, out, None, details)
 
 
+def padding_mass(entries: PromptLogprobs, vocab_size: int) -> float:
+    """Return the largest probability at a position of ids from ``vocab_size`` on, as far as the entries show it."""
+    beyond = [[_logprob(e) for i, e in entry.items() if int(i) >= vocab_size] for entry in entries if entry]
+    return max((float(np.exp(logprobs).sum()) for logprobs in beyond if logprobs), default=0.0)
+
+
 Table = tuple[NDArray[np.int64], NDArray[np.float64]]
 """Ids and log-probabilities ``[n, 1 + k]`` of the positions to score: the token that stands there, then the top k."""
 

@@ -33,10 +33,10 @@ from roll_opd.configs.backends import backend_settings
 from roll_opd.configs.backends.remote import RemoteSettings
 from roll_opd.configs.worker_config import WorkerConfig
 from roll_opd.distributed.strategy.base import SAMPLED_ONLY, HeadWeights, ScoreRequest, ScoreResult, ScoreWant
-from roll_opd.distributed.strategy.prompt_logprobs import check_want, score_result
+from roll_opd.distributed.strategy.prompt_logprobs import check_want, padding_mass, score_result
 from roll_opd.distributed.strategy.tokenizer import Vocabulary
 from roll_opd.errors import ConfigError, ModelError, TeacherError
-from roll_opd.trajectory import TrajectoryId
+from roll_opd.trajectory import IntArray, TrajectoryId
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,10 @@ BLOCK_IDS = 4096
 """Ids of the vocabulary that are compared by one request."""
 BEYOND_IDS = 64
 """Ids behind the vocabulary among which a token is looked for that the student lacks."""
-PROBE_TOKENS = 4
+PROBE_TOKENS, PROBE_TOP_K = 32, 20
+"""Length of the sequence that is scored at the start, and how many of the best are looked at: vLLM's own limit."""
+PADDING_MASS = 1e-4
+"""Probability of padding from which it is worth a word."""
 
 
 class _RefusedError(TeacherError):
@@ -241,7 +244,7 @@ class RemoteStrategy:
         try:
             self.model = self._served_model(max_length)
             self._compare(vocabulary)
-            self._probe()
+            self._probe(max_length)
         except ConnectionError as error:
             raise ModelError(f"{self.path}.base_url: no vLLM server can be used there: {error}") from error
 
@@ -257,37 +260,47 @@ class RemoteStrategy:
         """
         check_want(self.role, want)
         stop = threading.Event()
-        futures = [self._threads.submit(self._score, request, want, stop) for request in requests]
-        try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
+
+        def work(request: ScoreRequest) -> ScoreResult | None:
+            if stop.is_set():
+                return None
+            try:
+                return self._score(request, want, stop)
+            except BaseException:
+                # One score that is missing makes the others useless: they are not asked for any more.
+                stop.set()
+                raise
+
+        futures = [self._threads.submit(work, request) for request in requests]
+        wait(futures, return_when=FIRST_EXCEPTION)
+        for future in futures:
+            if future.done():
                 future.result()
-            return [future.result() for future in futures]
-        finally:
-            # After a failure nobody waits for the others: what is in flight ends by itself, what is not never starts.
-            stop.set()
-            for future in futures:
-                future.cancel()
+        return [result for future in futures if (result := future.result()) is not None]
 
     def _score(self, request: ScoreRequest, want: ScoreWant, stop: threading.Event) -> ScoreResult:
+        return score_result(request, self._ask(request.tokens, want.top_k, stop), want, self._vocab_size)
+
+    def _ask(self, tokens: IntArray, top_k: int, stop: threading.Event | None = None) -> list[Any]:
+        """Return the server's prompt log-probabilities of ``tokens``, one entry for each."""
         body = {
             "model": self.model,
-            "prompt": request.tokens.tolist(),
-            "prompt_logprobs": want.top_k,
+            "prompt": tokens.tolist(),
+            "prompt_logprobs": top_k,
             "max_tokens": 1,
             "temperature": 0.0,
         }
         try:
             answer = self._server.call("/v1/completions", body, stop=stop)
         except _RefusedError as error:
-            hint = f"; a top {want.top_k} needs vLLM's --max-logprobs {want.top_k}" if want.top_k else ""
+            hint = f"; a top {top_k} needs vLLM's --max-logprobs {top_k}" if top_k else ""
             raise TeacherError(f"{self.role}: {error}{hint}") from error
         choices = answer.get("choices") if isinstance(answer, dict) else None
         first = choices[0] if isinstance(choices, list) and choices else None
         entries = first.get("prompt_logprobs") if isinstance(first, dict) else None
         if not isinstance(entries, list):
             raise ValueError(f"{self._server.url} gives no prompt_logprobs; is it a vLLM server?")
-        return score_result(request, entries, want, self._vocab_size)
+        return entries
 
     # ---- checks at the start -------------------------------------------------------------------------------------
 
@@ -353,7 +366,7 @@ class RemoteStrategy:
             end = None
         if end is None:
             logger.warning(
-                "%s: %r at %s has the student's %s tokens; which of them end a response for it cannot be seen from here",
+                "%s: %r at %s has the student's %s tokens; which of them end a response there cannot be seen",
                 *(self.role, self.model, self._server.url, vocabulary.size),
             )
             return
@@ -387,14 +400,25 @@ class RemoteStrategy:
             f"{self._detokenize(ids)!r} for the server. A teacher must share the student's tokenizer"
         )
 
-    def _probe(self) -> None:
-        """Score a few tokens, so that a server that cannot is found before the run."""
-        tokens = np.arange(min(PROBE_TOKENS, self._vocab_size), dtype=np.int32)
-        request = ScoreRequest(TrajectoryId(0, 0, stream="probe"), tokens, tokens > 0)
+    def _probe(self, max_length: int) -> None:
+        """Score a few tokens, so that a server that cannot is found before the run, and look for padding."""
+        count = min(PROBE_TOKENS, self._vocab_size, max_length)
+        tokens = np.linspace(0, self._vocab_size - 1, count).astype(np.int32)
+        request = ScoreRequest(TrajectoryId(0, 0, stream="probe"), tokens, np.arange(count) > 0)
         try:
-            self.score([request])
+            score_result(request, self._ask(tokens, 0), SAMPLED_ONLY, self._vocab_size)
         except (TeacherError, ValueError) as error:
             raise ModelError(f"{self.path}: a first request was not answered as it should be: {error}") from error
+        try:
+            mass = padding_mass(self._ask(tokens, PROBE_TOP_K), self._vocab_size)
+        except TeacherError:  # policy: a server that allows fewer is asked for fewer in the run as well
+            return
+        if mass > PADDING_MASS:
+            logger.warning(
+                "%s: up to %.2g of the probability that %r at %s gives is on rows of its head that are no tokens; vLLM "
+                "counts them, so its log-probabilities are too low by about as much. hf_infer and vllm leave them out",
+                *(self.role, mass, self.model, self._server.url),
+            )
 
     # ---- what a server elsewhere has no part in ------------------------------------------------------------------
 

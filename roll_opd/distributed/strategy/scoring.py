@@ -22,8 +22,8 @@ T = TypeVar("T")
 def rows_of(requests: Sequence[ScoreRequest], config: WorkerConfig, at_least: int = 1) -> list[list[ScoreRequest]]:
     """Cut into packed rows, each request into one of them; see :class:`RowLimits` for what a row holds.
 
-    Balanced rows are not in the order of the requests: :func:`in_order_of` undoes that. ``at_least`` asks for so many of
-    them, as far as there are requests.
+    Balanced rows are not in the order of the requests: :func:`in_order_of` undoes that. ``at_least`` asks for so many
+    of them, as far as there are requests.
     """
     rows = rows_by_length([len(r.tokens) for r in requests], RowLimits.of_scoring(config), at_least)
     return [[requests[index] for index in row] for row in rows]
@@ -39,11 +39,12 @@ def in_order_of(requests: Sequence[ScoreRequest], rows: Sequence[Sequence[ScoreR
 def score_row(model: PackedModel, row: Sequence[ScoreRequest], want: ScoreWant = SAMPLED_ONLY) -> list[ScoreResult]:
     """Score one packed row; call inside ``torch.no_grad()`` or ``inference_mode``."""
     batch = PackedBatch.pack([r.tokens for r in row], [r.response_mask for r in row])
-    given = _given_ids(row, next(model.parameters()).device) if want.given else None
+    given = _given_ids(row) if want.given else None
 
     def apply(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor | None, Any]:
         if want.top_k or want.given:
-            logprobs, *over_set = support_scores(hidden, head, targets, want.top_k, given)
+            ids = None if given is None else given.to(hidden.device)
+            logprobs, *over_set = support_scores(hidden, head, targets, want.top_k, ids)
             return logprobs, None, over_set
         outputs = head_outputs(hidden, head, targets)
         return outputs.logprobs_n, outputs.entropy_n, hidden if want.hidden else None
@@ -82,10 +83,10 @@ def _details(extra: Any, counts: list[int]) -> Sequence[SupportScores | RawTenso
     ]
 
 
-def _given_ids(row: Sequence[ScoreRequest], device: torch.device) -> Tensor:
+def _given_ids(row: Sequence[ScoreRequest]) -> Tensor:
     """Stack the requests' ids ``[n, K]``; smaller sets are filled with -1."""
     sets = [r.given_ids for r in row if r.given_ids is not None]
     assert len(sets) == len(row), "ids to report on were asked for, but a request brings none"
     widest = max(s.shape[1] for s in sets)
     filled = [np.pad(s, ((0, 0), (0, widest - s.shape[1])), constant_values=-1) for s in sets]
-    return torch.from_numpy(np.concatenate(filled).astype(np.int64)).to(device)
+    return torch.from_numpy(np.concatenate(filled).astype(np.int64))

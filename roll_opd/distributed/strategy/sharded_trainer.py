@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,95 +11,65 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from transformers import get_scheduler
 
 from roll_opd.configs.worker_config import WorkerConfig
-from roll_opd.distributed.strategy.base import ScoreRequest
-from roll_opd.distributed.strategy.packed_model import DTYPES
-from roll_opd.distributed.strategy.scoring import rows_of
-from roll_opd.errors import LaunchError, TrainingError
-from roll_opd.trajectory import TrajectoryId
+from roll_opd.distributed.strategy.residence import Residence
+from roll_opd.distributed.strategy.pretrained import Checkpoint, own_part
+from roll_opd.distributed.strategy.sharded_model import ShardedModel, disk_errors, on_device
+from roll_opd.errors import ModelError, TrainingError
 
 T = TypeVar("T")
 
 RowLoss = Callable[[T], tuple[Tensor, dict[str, Tensor]]]
 """A micro-batch's share of the loss, and per-token quantities to be summed."""
 
+# Frozen weights are in the model's own files.
+_STATE = StateDictOptions(ignore_frozen_params=True, strict=False)
 
-class ShardedTrainer:
-    """Parameters that are sharded over all ranks, their optimizer, schedule and checkpoints.
 
-    The process group must exist before. Parameters and optimizer state are fp32; ``dtype: bf16`` computes in bf16
-    with fp32 gradient reduction. All ranks call every method together.
+class ShardedTrainer(ShardedModel):
+    """A sharded model with its optimizer, schedule and checkpoints.
+
+    Parameters and optimizer state are fp32; ``dtype: bf16`` computes in bf16 with fp32 gradient reduction.
 
     Args:
-        role: named in messages.
         config: the role's worker config.
-        model: what is trained; is sharded in place, and put into training mode.
-        lm: the transformers model in it, whose layers are sharded one by one.
-        device: this rank's device.
+        checkpoint: see :class:`ShardedModel`; its parameters are fp32.
+        model: what is trained.
+        lm: the transformers model in it.
         max_grad_norm: gradients are scaled down to this L2 norm; <= 0 switches it off.
         total_updates: optimizer steps of the whole run, for the learning-rate schedule.
-        full_precision: modules that compute in fp32 whatever the config says.
+        full_precision: see :class:`ShardedModel`.
+        rtol: likewise.
+
+    Raises:
+        ModelError: as :class:`ShardedModel`, or nothing is left to train.
     """
 
     def __init__(
         self,
-        role: str,
         config: WorkerConfig,
+        checkpoint: Checkpoint,
         model: torch.nn.Module,
         lm: Any,
-        device: torch.device,
         *,
         max_grad_norm: float,
         total_updates: int,
         full_precision: Iterable[torch.nn.Module] = (),
+        rtol: float = 0.0,
     ) -> None:
-        self.role = role
-        self.config = config
-        self.device = device
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        if not config.model_args.disable_gradient_checkpointing:
+            # transformers recomputes in training mode only; without dropout the mode changes nothing else.
+            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        super().__init__(config, checkpoint, model, lm, trains=True, full_precision=full_precision, rtol=rtol)
         self.max_grad_norm = max_grad_norm
-        self.model = model
-        self._shard(lm, full_precision)
-        self.optimizer = _build_optimizer(model, config)
+        self.optimizer = _build_optimizer(model, config, self.role)
         training = config.training_args
         warmup = training.warmup_steps or int(np.ceil(training.warmup_ratio * total_updates))
         self.scheduler = get_scheduler(training.lr_scheduler_type, self.optimizer, warmup, total_updates)
-
-    def _shard(self, lm: Any, full_precision: Iterable[torch.nn.Module]) -> None:
-        if not self.config.model_args.disable_gradient_checkpointing:
-            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        # transformers recomputes in training mode only; without dropout the mode changes nothing else.
-        self.model.train()
-        mesh = init_device_mesh(self.device.type, (self.world_size,))
-        compute = DTYPES[self.config.model_args.dtype]
-        policy = MixedPrecisionPolicy(
-            param_dtype=None if compute == torch.float32 else compute, reduce_dtype=torch.float32
-        )
-        for layer in _decoder_layers(lm):
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        for module in full_precision:
-            fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
-        # Embedding, final norm and head belong to the root, whose forward applies the head to the gathered weight.
-        self._fsdp = fully_shard(self.model, mesh=mesh, mp_policy=policy)
-
-    # ---- forward -------------------------------------------------------------------------------------------------
-
-    def rows(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[list[ScoreRequest], bool]]:
-        """Yield this rank's packed rows, each with true, then idle ones with false until all ranks have had as many."""
-        rows = list(rows_of(requests, self.config))
-        most = torch.tensor([len(rows)], device=self.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        for index in range(int(most.item())):
-            yield (rows[index], True) if index < len(rows) else ([_idle_request()], False)
-        # A forward without a backward leaves the root's parameters gathered: checkpoints would not find their shards.
-        self._fsdp.reshard()
+        self._other = Residence()
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -120,10 +88,11 @@ class ShardedTrainer:
             TrainingError: the gradient is not finite; no weight has been changed.
         """
         sums: dict[str, float] = {}
-        for index, micro_batch in enumerate(micro_batches):
-            self._fsdp.set_requires_gradient_sync(index + 1 == len(micro_batches))
+        assert not self._other.away, f"{self.role} has left its device"
+        for micro_batch in micro_batches:
             total, stats = loss_of(micro_batch)
-            # FSDP averages gradients over the ranks; the loss is already a share of the global sum.
+            # FSDP averages gradients over the ranks; the loss is already a share of the global sum. It does so after
+            # each micro-batch: to wait for the last one would take memory for the whole gradient on every rank.
             (total * self.world_size).backward()
             sums["loss"] = sums.get("loss", 0.0) + float(total.detach())
             for name, values in stats.items():
@@ -156,27 +125,18 @@ class ShardedTrainer:
         square = torch.zeros(1, dtype=torch.float64, device=self.device)
         for parameter in self.model.parameters():
             if parameter.grad is not None:
-                square += _local(parameter.grad).double().square().sum()
+                square += own_part(parameter.grad)[0].double().square().sum().to(self.device)
         dist.all_reduce(square)
         return float(square.sqrt().item())
-
-    # ---- weights -------------------------------------------------------------------------------------------------
-
-    def full_parameters(self, module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name and, detached, the whole of each parameter of ``module`` on rank 0; nothing on the others."""
-        for name, parameter in module.named_parameters():
-            full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            if self.rank == 0:
-                yield name, full.detach()
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model, self.optimizer)
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=_STATE)
         return {"model": model, "optimizer": optimizer}
 
     def save(self, folder: str) -> None:
-        """Write weights, optimizer, schedule and random state; every rank its part. Changes nothing here."""
+        """Write trained weights, optimizer, schedule and random state; every rank its part. Changes nothing here."""
         # Of an optimizer without state torch makes one by a step with zero gradients, which Adam counts as its first:
         # bias correction, and so the updates to come, would depend on whether something was saved before them.
         fresh = not self.optimizer.state
@@ -201,6 +161,7 @@ class ShardedTrainer:
             self.optimizer,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
+            options=_STATE,
         )
         mine = Path(folder) / f"extra_rank{self.rank}.pt"
         with disk_errors("resume_from_checkpoint", f"cannot read {folder}"):
@@ -211,28 +172,24 @@ class ShardedTrainer:
         self.scheduler.load_state_dict(extra["scheduler"])
         torch.set_rng_state(extra["rng"])
 
+    # ---- residence -----------------------------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def disk_errors(field: str, what: str) -> Iterator[None]:
-    """Turn what a full disk or a damaged file raises into one line that names the setting."""
-    try:
-        yield
-    except (OSError, EOFError, CheckpointException, RuntimeError, pickle.UnpicklingError) as error:
-        lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
-        raise LaunchError(f"{field}: {what}: {lines[-1].strip()}") from error
+    def _leave(self, keep_weights: bool) -> None:
+        if not self._other.away:
+            state = (value for each in self.optimizer.state.values() for value in each.values())
+            gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
+            tensors = (t for t in (*state, *gradients) if isinstance(t, Tensor))
+            self._other.leave(on_device(self.device, tensors))
+        super()._leave(keep_weights)
 
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _decoder_layers(lm: Any) -> Iterator[torch.nn.Module]:
-    layers = getattr(lm.base_model, "layers", None)
-    yield from layers if layers is not None else []
+    def _come_back(self, weights_only: bool) -> None:
+        super()._come_back(weights_only)
+        if not weights_only:
+            self._other.come_back()
 
 
-def _build_optimizer(model: torch.nn.Module, config: WorkerConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD; weight decay on matrices alone, as is usual for transformers."""
+def _build_optimizer(model: torch.nn.Module, config: WorkerConfig, role: str) -> torch.optim.Optimizer:
+    """AdamW or SGD for what is trained; weight decay on matrices alone, as is usual for transformers."""
     training = config.training_args
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
@@ -241,6 +198,8 @@ def _build_optimizer(model: torch.nn.Module, config: WorkerConfig) -> torch.opti
         {"params": vectors, "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
+    if not groups:
+        raise ModelError(f"{role}.model_args.freeze_module_prefix: nothing is left to train")
     if training.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=training.learning_rate)
     return torch.optim.AdamW(
@@ -249,8 +208,3 @@ def _build_optimizer(model: torch.nn.Module, config: WorkerConfig) -> torch.opti
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,
     )
-
-
-def _idle_request() -> ScoreRequest:
-    """A tiny sequence that keeps a rank without work in step with the others; its score is thrown away."""
-    return ScoreRequest(TrajectoryId(-1, -1), np.zeros(2, dtype=np.int32), np.array([False, True]))

@@ -8,17 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 
 from roll_opd.configs.model_args import ModelArguments
-from roll_opd.distributed.strategy import attention
-from roll_opd.distributed.strategy.packed_model import PackedModel, shifted
-from roll_opd.distributed.strategy.pretrained import load_pretrained
+from roll_opd.distributed.strategy.packed_model import PackedModel, check_forward, own_attention, shifted
+from roll_opd.distributed.strategy.pretrained import Checkpoint
 from roll_opd.errors import ModelError
 from roll_opd.trajectory import PackedBatch
 
@@ -58,9 +56,17 @@ class ValueModel(nn.Module):
         hidden = self.packed.hidden_states(tokens, positions, cu_seqlens)[source]
         return self.value_head(hidden.float())
 
+    @torch.no_grad()
+    def ours_and_own(self) -> tuple[Tensor, Tensor]:
+        """Return hidden states of a few tokens, as this class computes them and as the backbone does."""
+        tokens, steps, bounds = self.packed.few_tokens()
+        ours = self.packed.hidden_states(tokens, steps, bounds)
+        with own_attention(self.backbone):
+            return ours, self.backbone(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
+
     def values(self, batch: PackedBatch) -> tuple[Tensor, NDArray[np.int64]]:
         """Return the value ``[n]`` before each sampled token is sampled, and the positions ``[n]`` of those tokens."""
-        device = self.value_head.weight.device
+        device = self.packed.device
         source, target = shifted(batch)
         arrays = (batch.tokens, batch.positions, batch.cu_seqlens, source)
         values: Tensor = self(*(torch.as_tensor(np.array(array), device=device) for array in arrays))
@@ -81,22 +87,31 @@ def load_value_model(args: ModelArguments, *, role: str, vocab_size: int, device
         ModelError: the path does not hold a loadable model, one that we would compute wrongly, or a head with more
             than one output.
     """
-    backbone, packs, others = load_pretrained(AutoModel, args, role=role, dtype=torch.float32)
-    field = f"{role}.model_args.model_name_or_path"
+    checkpoint = Checkpoint(AutoModel, args, role=role, device=device, dtype=torch.float32)
+    model = value_model_of(checkpoint, checkpoint.load(), vocab_size).to(device).eval()
+    check_forward(*model.ours_and_own(), checkpoint, rtol=1e-3)
+    return model
+
+
+def value_model_of(checkpoint: Checkpoint, backbone: PreTrainedModel, vocab_size: int) -> ValueModel:
+    """Put the head that lies beside the checkpoint, or a new one, onto its backbone.
+
+    Raises:
+        ModelError: the backbone knows fewer tokens than the tokenizer, or the head has more than one output.
+    """
     embeddings: Any = backbone.get_input_embeddings()
     rows = int(embeddings.weight.shape[0])
     if rows < vocab_size:
         raise ModelError(
-            f"{field}: {args.model_name_or_path!r} embeds {rows} tokens, the student's tokenizer has {vocab_size}"
+            f"{checkpoint.field}: {checkpoint.path!r} embeds {rows} tokens, the student's tokenizer has {vocab_size}"
         )
-    model = ValueModel(backbone, vocab_size, packs).to(device).eval()
-    _check_hidden_states(model, field)
-    tensors = _head_tensors(str(args.model_name_or_path), others)
+    model = ValueModel(backbone, vocab_size, checkpoint.packs)
+    tensors = _head_tensors(checkpoint.folder())
     if tensors:
-        _set_head(model.value_head, tensors, field)
-        logger.info("%s: the value head is %s", role, ", ".join(sorted(tensors)))
+        _set_head(model.value_head, tensors, checkpoint.field)
+        logger.info("%s: the value head is %s", checkpoint.role, ", ".join(sorted(tensors)))
     else:
-        logger.info("%s: the model holds no value head; a new one starts at 0", role)
+        logger.info("%s: the model holds no value head; a new one starts at 0", checkpoint.role)
     return model
 
 
@@ -117,15 +132,10 @@ def save_value_model(model: ValueModel, state: dict[str, Tensor], folder: str, d
     save_file(head, Path(folder) / HEAD_FILE, metadata={"format": "pt"})
 
 
-def _head_tensors(path: str, others: list[str]) -> dict[str, Tensor]:
+def _head_tensors(folder: Path | None) -> dict[str, Tensor]:
     """Read the head's tensors from the model's files; empty if there is none."""
-    local = Path(path)
-    if not local.is_dir():
-        if not any(name.startswith(HEAD_PREFIXES) for name in others):
-            return {}
-        local = Path(snapshot_download(path, local_files_only=True))
     # Ours first: the folder may have been made from a model that brought a head of its own.
-    files = sorted(local.glob("*.safetensors"), key=lambda f: (f.name != HEAD_FILE, f.name))
+    files = sorted(folder.glob("*.safetensors"), key=lambda f: (f.name != HEAD_FILE, f.name)) if folder else []
     for prefix in HEAD_PREFIXES:
         found: dict[str, Tensor] = {}
         for file in files:
@@ -148,22 +158,3 @@ def _set_head(head: nn.Linear, tensors: dict[str, Tensor], field: str) -> None:
                 f"number for each token"
             )
         parameter.copy_(tensor)
-
-
-@torch.no_grad()
-def _check_hidden_states(model: ValueModel, field: str) -> None:
-    """Compare our hidden states with the backbone's own on a few tokens; some families have another attention."""
-    if not model.packed.packs:
-        return
-    device = model.value_head.weight.device
-    tokens = torch.arange(1, 9, device=device) % model.packed.vocab_size
-    bounds = torch.tensor([0, 8], dtype=torch.int32, device=device)
-    model.backbone.set_attn_implementation("eager")
-    expected = model.backbone(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
-    model.backbone.set_attn_implementation(attention.NAME)
-    ours = model.packed.hidden_states(tokens, torch.arange(8, device=device), bounds)
-    if not torch.allclose(ours, expected, atol=1e-3, rtol=1e-3):
-        raise ModelError(
-            f"{field}: we do not compute the hidden states of {type(model.backbone).__name__} as it does itself (off "
-            f"by {float((ours - expected).abs().max()):.2g}); this family is not supported"
-        )

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from roll_opd.configs.launch_checks import starts_critic
+from roll_opd.configs.launch_checks import model_holders, starts_critic
 from roll_opd.configs.loader import LoadedConfig
 from roll_opd.configs.memory import find_model_config
 from roll_opd.configs.model_args import ModelArguments
@@ -24,6 +24,7 @@ from roll_opd.pipeline.preflight.finding import NotKnown
 from roll_opd.pipeline.rlvr.prompt_source import PromptSource, read_prompts
 
 T = TypeVar("T")
+BASE_MODEL = "opd_args.base_model"
 
 
 class Facts:
@@ -62,8 +63,13 @@ class Facts:
         if config.opd_args.base_model is not None and config.teachers:
             like = next(iter(config.teachers.values())).model_args
             model = dataclasses.replace(like, model_name_or_path=config.opd_args.base_model)
-            found["the base model"] = ("opd_args.base_model", model)
+            found["the base model"] = (BASE_MODEL, model)
         return found
+
+    def is_remote(self, path: str) -> bool:
+        """Whether somebody else's server runs the scorer at ``path``; its files need not be here then."""
+        held = model_holders(self.config, self.loaded.yaml_names)[path].strategy_args
+        return held is not None and held.strategy_name == "remote"
 
     @functools.cached_property
     def models(self) -> dict[str, ModelArguments]:
@@ -72,6 +78,10 @@ class Facts:
         if self.config.critic is not None and starts_critic(self.config):
             models["critic"] = self.config.critic.model_args
         return models
+
+    def block_of(self, path: str) -> str:
+        """The block of settings by which what stands at ``path`` runs; a base model runs as the first teacher does."""
+        return self.loaded.teacher_yaml_name(next(iter(self.config.teachers))) if path == BASE_MODEL else path
 
     def architecture(self, path: str) -> dict[str, Any] | None:
         """The language model's part of ``config.json``; None where it is not on disk."""
@@ -119,4 +129,4 @@ class Facts:
 
 def model_field(path: str) -> str:
     """The setting that names a role's model."""
-    return path if path == "opd_args.base_model" else f"{path}.model_args.model_name_or_path"
+    return path if path == BASE_MODEL else f"{path}.model_args.model_name_or_path"

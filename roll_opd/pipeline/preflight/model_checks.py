@@ -32,8 +32,13 @@ def tokenizers(facts: Facts) -> Iterator[Finding]:
         field = model_field(path)
         try:
             theirs = facts.tokenizer_of(path)
-            if ours is None:
-                continue
+        except ModelError as error:
+            told = f"{name}: no tokenizer on this disk; its server's vocabulary is compared when the run starts"
+            yield Finding("skipped", field, told) if facts.is_remote(path) else failed(error, field)
+            continue
+        if ours is None:
+            continue
+        try:
             # Messages of the check begin with "teacher".
             warnings = check_same_vocabulary(ours, theirs, name.removeprefix("teacher ").strip("'"))
         except ModelError as error:

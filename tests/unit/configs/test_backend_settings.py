@@ -124,6 +124,9 @@ RULES = [
     (role(TRAIN, "megatron_train", recompute_method="block"), f"{TRAIN}.{CONFIG}.recompute_method", "remove it"),
     (role(TRAIN, "megatron_train", recompute_granularity="selective", recompute_num_layers=2),
      f"{TRAIN}.{CONFIG}.recompute_num_layers", "remove it"),
+    ({"student_train.use_dynamic_batching_in_train": True}, "student_train.max_tokens_per_microbatch_in_train", "set it"),
+    ({"teacher.use_dynamic_batching_in_infer": True}, "teacher.max_tokens_per_microbatch_in_infer",
+     "or use_dynamic_batching_in_infer: false"),
     (role(TEACHER, "vllm", sleep_level=2), f"{TEACHER}.{CONFIG}.sleep_level", "use 1"),
     (role(TEACHER, "vllm", load_format="dummy"), f"{TEACHER}.{CONFIG}.load_format", "use auto"),
     ({"validation": {"teacher_accuracy": True}, **role(TEACHER, "remote", **SERVER)}, "validation.teacher_accuracy",
@@ -171,7 +174,15 @@ def test_what_looks_wrong_is_mentioned(changes, words):
          f"{TRAIN}.model_args.lora_target", "use strategy_name fsdp2_train"),
         ({**role(TRAIN, "megatron_train"), f"{TRAIN}.model_args.dtype": "fp16"}, f"{TRAIN}.model_args.dtype",
          "use bf16 or fp32"),
-        ({f"{TEACHER}.model_args.adapter_name_or_path": "a"}, f"{TEACHER}.model_args.adapter_name_or_path", "use null"),
+        ({f"{TEACHER}.model_args.adapter_name_or_path": "a"}, f"{TEACHER}.model_args.adapter_name_or_path",
+         "hf_infer does not run this setting; use strategy_name fsdp2_infer, or remove it"),
+        ({f"{TEACHER}.model_args.lora_target": "q_proj"}, f"{TEACHER}.model_args.lora_target", "use null"),
+        ({**role(TRAIN, "megatron_train"), f"{TRAIN}.model_args.model_config_kwargs": {"x": 1}},
+         f"{TRAIN}.model_args.model_config_kwargs", "use strategy_name fsdp2_train, or remove it"),
+        ({f"{TRAIN}.model_args.lora_target": "q_proj", f"{TRAIN}.model_args.lora_dropout": 0.1},
+         f"{TRAIN}.model_args.lora_dropout", "use 0"),
+        ({f"{TRAIN}.model_args.additional_target": "lm_head"}, f"{TRAIN}.model_args.additional_target",
+         "set lora_target too"),
         ({**role(TRAIN, "megatron_train", context_parallel_size=2), f"{TRAIN}.world_size": 2},
          f"{TRAIN}.{CONFIG}.context_parallel_size", "tensor_model_parallel_size and sequence_parallel"),
         (role(INFER, "vllm", max_model_len=95), f"{INFER}.{CONFIG}.max_model_len",
@@ -200,6 +211,13 @@ def test_a_critic_on_megatron_is_not_run_yet():
     changes = {"adv_estimator": "gae", **role("critic", "megatron_train")}
     (blocker,) = launch_blockers(load(changes, RL, "rlvr"))
     assert blocker.field == f"critic.{ARGS}.strategy_name" and "use fsdp2_train" in blocker.problem
+    # Nor does it learn adapters.
+    changes = {
+        "adv_estimator": "gae",
+        "critic.model_args": {"lora_target": "all-linear", "model_config_kwargs": {"x": 1}},
+    }
+    (blocker,) = launch_blockers(load(changes, RL, "rlvr"))
+    assert blocker.field == "critic.model_args.lora_target" and "use null" in blocker.problem
 
 
 @pytest.mark.parametrize(
@@ -213,7 +231,11 @@ def test_a_critic_on_megatron_is_not_run_yet():
         (PURE, {**role(TRAIN, "megatron_train", moe_aux_loss_coeff=0.0, max_grad_norm=1, additional_configs={}),
                 f"{TRAIN}.world_size": 2}),
         (PURE, role(TRAIN, "fsdp2_train", offload_policy=True, param_dtype="bfloat16")),
-        (PURE, {f"{TRAIN}.model_args.lora_target": "all-linear", f"{INFER}.model_args.lora_target": "q_proj"}),
+        (PURE, {f"{TRAIN}.model_args.lora_target": "all-linear", f"{INFER}.model_args.lora_target": "q_proj",
+                f"{TRAIN}.model_args.additional_target": "lm_head"}),
+        (PURE, {f"{TRAIN}.model_args.adapter_name_or_path": "a", f"{TRAIN}.model_args.freeze_module_prefix": "model"}),
+        (PURE, {**role(TEACHER, "fsdp2_infer"), f"{TEACHER}.model_args.adapter_name_or_path": "a"}),
+        (PURE, {f"{name}.model_args.model_config_kwargs": {"x": 1} for name in (TRAIN, INFER, TEACHER)}),
         (PURE, {**role(TEACHER, "vllm"), **TOPK}),
         (PURE, role(TEACHER, "fsdp2_infer")),
         (PURE, role(TEACHER, "megatron_infer")),
@@ -254,5 +276,48 @@ def test_a_mini_batch_counts_data_parallel_ranks():
     assert "4 x 1 x 2" in warning
 
 
+@pytest.mark.parametrize(
+    ("changes", "unread"),
+    [
+        ({**role(INFER, "vllm"), f"{INFER}.infer_batch_size": 4, f"{INFER}.logits_in_fp32": True,
+          f"{INFER}.model_args.attn_implementation": "fa2", f"{INFER}.use_dynamic_batching_in_infer": True,
+          f"{INFER}.max_tokens_per_microbatch_in_infer": 9},
+         ["use_dynamic_batching_in_infer", "max_tokens_per_microbatch_in_infer", "logits_in_fp32", "infer_batch_size",
+          "model_args.attn_implementation"]),
+        ({f"{INFER}.infer_batch_size": 4, f"{INFER}.logits_in_fp32": True,
+          f"{INFER}.model_args.attn_implementation": "sdpa"}, []),
+        ({**role(TRAIN, "megatron_train"), f"{TRAIN}.model_args.disable_gradient_checkpointing": True,
+          f"{TRAIN}.use_dynamic_batching_in_train": True, f"{TRAIN}.max_tokens_per_microbatch_in_train": 9},
+         ["model_args.disable_gradient_checkpointing"]),
+        ({f"{TRAIN}.model_args.disable_gradient_checkpointing": True, f"{TRAIN}.use_dynamic_batching_in_infer": True,
+          f"{TRAIN}.max_tokens_per_microbatch_in_infer": 9, f"{TRAIN}.logits_in_fp32": True,
+          f"{TRAIN}.sequence_packing_args.algorithm": "load_balance", f"{TRAIN}.use_sequence_packing": True}, []),
+        ({**role(TEACHER, "vllm"), f"{TEACHER}.infer_batch_size": 4, f"{TEACHER}.use_sequence_packing": True},
+         ["use_sequence_packing"]),
+        ({f"{TEACHER}.use_dynamic_batching_in_train": True, f"{TEACHER}.max_tokens_per_microbatch_in_train": 9},
+         ["use_dynamic_batching_in_train", "max_tokens_per_microbatch_in_train"]),
+    ],
+)  # fmt: skip
+def test_what_a_backend_does_not_read_is_mentioned_at_launch(changes, unread):
+    loaded = load(changes)
+    path = next(name for name in (INFER, TRAIN, TEACHER) if any(key.startswith(name) for key in changes))
+    told = launch_warnings(loaded)
+    assert launch_blockers(loaded) == [] and len(told) == bool(unread)
+    assert not told or told[0].partition(": ")[2] == ", ".join(f"{path}.{key}" for key in unread)
+
+
 def test_no_launch_warning_of_a_remote_teacher():
     assert launch_warnings(load(role(TEACHER, "remote", **SERVER))) == []
+
+
+def test_megatron_settings_fill_in_what_follows():
+    def built(**settings):
+        return backend_settings(StrategyArguments(strategy_name="megatron_train", strategy_config=settings))
+
+    full = built(recompute_granularity="full", sequence_parallel=True, virtual_pipeline_model_parallel_size=1)
+    assert (full.recompute_method, full.recompute_num_layers) == ("uniform", 1)
+    assert (full.sequence_parallel, full.virtual_pipeline_model_parallel_size) == (False, None)
+    assert built(tensor_model_parallel_size=2, sequence_parallel=True).sequence_parallel
+    block = built(recompute_granularity="full", recompute_method="block", recompute_num_layers=3)
+    assert (block.recompute_method, block.recompute_num_layers) == ("block", 3)
+    assert built(recompute_granularity="selective").recompute_method is None

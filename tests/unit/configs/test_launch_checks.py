@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import sys
 import types
@@ -44,7 +43,7 @@ def reward(**settings):
     ("changes", "field", "advice"),
     [
         ({f"{MODEL}.dtype": "fp16"}, f"{MODEL}.dtype", "use bf16 or fp32"),
-        ({f"{MODEL}.additional_target": "lm_head"}, f"{MODEL}.additional_target", "use null"),
+        ({f"{MODEL}.additional_target": "lm_head"}, f"{MODEL}.additional_target", "set lora_target too"),
         ({"student_train.worker_cls": "my.Worker"}, "student_train.worker_cls", "use null"),
         ({"teacher.num_gpus_per_worker": 2}, "teacher.num_gpus_per_worker", "use 1"),
         ({"mask_type": "all"}, "mask_type", "use loss"),
@@ -168,16 +167,12 @@ def test_a_reference_without_a_use_is_mentioned_once():
 
 UNREAD = {
     "val_batch_size": 4,
-    "student_train.model_args.attn_implementation": "fa2",
-    "student_train.use_dynamic_batching_in_train": True,
-    "student_train.max_tokens_per_microbatch_in_train": 512,
-    "student_train.logits_in_fp32": True,
-    "student_train.sequence_packing_args.algorithm": "load_balance",
-    "student_train.sequence_packing_args.min_num_micro_batches_forward": 2,
-    "student_train.sequence_packing_args.min_num_micro_batches_train": 2,
+    "student_infer.use_sequence_packing": True,
+    "student_infer.max_tokens_per_microbatch_in_infer": 512,
+    "student_infer.model_args.lora_target": "all-linear",
+    "student_infer.model_args.freeze_module_prefix": "model.embed_tokens",
     "student_train.data_args.preprocessing_num_workers": 8,
-    "teacher.use_dynamic_batching_in_infer": True,
-    "teacher.max_tokens_per_microbatch_in_infer": 512,
+    "teacher.max_tokens_per_microbatch_in_train": 512,
     "validation.data_args.preprocessing_num_workers": 8,
 }
 
@@ -224,19 +219,13 @@ READ_AT_LOAD = {
     # Warned about in pure distillation, where rewards never filter, and refused in the other modes.
     "response_filter_config": "refused where rewards are trained on",
 }
-# Parts of something that is refused; without it they mean nothing.
-PART_OF = {
-    "lora_rank": "lora_target",
-    "lora_alpha": "lora_target",
-    "lora_dropout": "lora_target",
-}
 REFUSED = {
     *(checks.NOT_YET + checks.NOT_YET_MODEL + checks.NOT_YET_GENERATING + checks.NOT_YET_WORKER),
     *checks.NOT_YET_REWARD,
 }
 MENTIONED = {
-    *(checks.UNREAD_PIPELINE + checks.UNREAD_WORKER + checks.UNREAD_MODEL),
-    *(checks.UNREAD_PACKING + checks.UNREAD_DATA),
+    *(checks.UNREAD_PIPELINE + checks.UNREAD_UNTRAINED + checks.UNREAD_UNSCORED + checks.UNREAD_DATA),
+    *(key.removeprefix("model_args.") for keys in checks.UNREAD_BY.values() for key in keys),
 }
 REFUSED_WHOLE = ("AgenticConfig",)
 
@@ -267,7 +256,7 @@ def test_no_setting_is_silently_ignored():
     source = "\n".join(path.read_text(encoding="utf-8") for path in files)
     # A method's call is no setting: tensors have a detach(), too.
     read = set(re.findall(r"\.([a-z_0-9]+)\b(?!\()", source))
-    accounted = read | REFUSED | MENTIONED | READ_AT_LOAD.keys() | PART_OF.keys()
+    accounted = read | REFUSED | MENTIONED | READ_AT_LOAD.keys()
     assert "agentic" not in checks.RUNNABLE_PIPELINES
     only_agentic = set(field_types(AgenticConfig)) - set(field_types(RLVRConfig))
     ignored = [
@@ -280,7 +269,7 @@ def test_no_setting_is_silently_ignored():
 
 def test_the_lists_name_fields():
     known = {name for _, name in all_fields()}
-    assert (REFUSED | MENTIONED | READ_AT_LOAD.keys() | PART_OF.keys()) - known == set()
+    assert (REFUSED | MENTIONED | READ_AT_LOAD.keys()) - known == set()
 
 
 def test_what_is_mentioned_as_unread_is_not_refused():
@@ -300,21 +289,3 @@ def test_the_launcher_logs_the_warnings_before_it_runs(tmp_path, monkeypatch, ca
     assert caplog.messages[0].endswith("does not read: val_batch_size")
     assert launcher.main(OPD, str(tmp_path / "start.py"), "", [*arguments, "student_train.model_args.dtype=fp16"]) == 1
     assert len(seen) == 1
-
-
-def test_plan_memory_of_fsdp2_counts_fp32_state_once(tmp_path):
-    """16 bytes a parameter, shared by the ranks, whatever the compute dtype: fp32 weight, gradient and two moments."""
-    from roll_opd.configs import ModelArguments, StrategyArguments, WorkerConfig
-    from roll_opd.configs.memory import count_parameters, memory_per_device
-
-    model = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 1000, "num_attention_heads": 4,
-             "intermediate_size": 128, "tie_word_embeddings": True}  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(model))
-    expected = 16 * count_parameters(model) / 2 / 2**20
-    for dtype in ("fp32", "bf16"):
-        worker = WorkerConfig(
-            model_args=ModelArguments(model_name_or_path=str(tmp_path), dtype=dtype),
-            strategy_args=StrategyArguments(strategy_name="fsdp2_train"),
-            world_size=2,
-        )
-        assert memory_per_device(worker, "student_train").startswith(f"{expected:.1f} MiB")

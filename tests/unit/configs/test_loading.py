@@ -205,6 +205,8 @@ def test_plan_json_shape():
         "teachers": {"default": {"model": "models/teacher", "strategy": "hf_infer", "devices": [], "tags": [],
                                  "opd_kl_coef": 1.0}},
         "rewards": {"r": {"worker_cls": "roll_opd.rewards.x.Y", "tags": ["m"], "world_size": 1}},
+        "memory": {"student_train": None, "student_infer": None, "teacher": None},
+        "sharing": [{"devices": [], "roles": ["student_train", "student_infer", "teacher"]}],
         "warnings": [],
     }  # fmt: skip
     several = plan_as_dict(build_config(changed(PURE, {"teacher": teachers}), OPD))
@@ -213,30 +215,6 @@ def test_plan_json_shape():
     assert several["roles"]["reference"]["model"] == "big, small"
     assert several["roles"]["reference"]["devices"] == [0, 1]
     assert json.loads(json.dumps(several)) == several
-
-
-def test_memory_estimate_from_config_json(tmp_path):
-    # embeddings 2*100*8 + 2 layers * (attention 2*8*4*(2+1) + mlp 3*8*16 + norms 16) + final norm 8
-    #   = 1600 + 2 * (192 + 384 + 16) + 8 = 2792 parameters
-    shape = {"hidden_size": 8, "num_hidden_layers": 2, "vocab_size": 100, "num_attention_heads": 2,
-             "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 16}  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(shape))
-    raw = changed(PURE, {"pretrain": str(tmp_path), "student_train.world_size": 2})
-    text = render_plan_text(build_config(raw, OPD))
-    # Training, bf16: (2 + 2 + 12) bytes each over 2 processes = 22336 bytes; generation: 2 bytes each = 5584 bytes.
-    assert f"student_train: {2792 * 16 / 2 / 2**20:.1f} MiB per process" in text
-    assert f"student_infer: {2792 * 2 / 2**20:.1f} MiB per process" in text
-    assert "teacher: unknown" in text
-
-
-def test_parameter_count_of_known_shape():
-    from roll_opd.configs.memory import count_parameters
-
-    qwen3_8b = {"hidden_size": 4096, "num_hidden_layers": 36, "vocab_size": 151936, "num_attention_heads": 32,
-                "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288}  # fmt: skip
-    # The checkpoint holds 8,190,735,360 parameters (its q/k norms, 2 * 128 a layer, are not counted here).
-    assert count_parameters(qwen3_8b) == 8_190_735_360 - 36 * 2 * 128
-    assert count_parameters({"model_type": "other"}) is None
 
 
 @pytest.mark.parametrize(("base", "launcher"), [(PURE, OPD), (RL, "rlvr"), (MIXED, "rlvr"), (RL, "agentic")])

@@ -17,7 +17,14 @@ from roll_opd.configs.loader import LoadedConfig
 from roll_opd.distributed.strategy.tokenizer import end_of_turn, load_tokenizer
 from roll_opd.doctor import guess_launcher
 from roll_opd.errors import ConfigError, DataError, ModelError, RollOPDError
-from roll_opd.pipeline.preflight import data_checks, model_checks, run_checks, setting_checks
+from roll_opd.pipeline.preflight import (
+    data_checks,
+    engine_checks,
+    memory_checks,
+    model_checks,
+    run_checks,
+    setting_checks,
+)
 from roll_opd.pipeline.preflight.data_checks import DATA_CHECKS
 from roll_opd.pipeline.preflight.facts import Facts
 from roll_opd.pipeline.preflight.finding import Check, Finding, NotKnown, enforce, errors_of, failed, wanted
@@ -307,24 +314,169 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Parameters of the student: 320 x 96 tied, two layers of 2 x 96 x 24 x (4 + 2) + 3 x 96 x 256 + 2 x 96, norm 96.
     parameters = 320 * 96 + 2 * (2 * 96 * 24 * 6 + 3 * 96 * 256 + 2 * 96) + 96
     trained, sampled = 16 * parameters, 4 * parameters
+    look_at = memory_checks.memory
     sizes = {"cpu": trained + sampled}
-    monkeypatch.setattr(setting_checks, "_memory_of", lambda place, address: sizes.get(place))
+    monkeypatch.setattr(memory_checks, "_memory_of", lambda place, address: sizes.get(place))
     teacher = ["teacher.device_mapping=[0]", "num_gpus_per_node=1"]  # out of the way: nothing is known of device 0
-    assert {f.level for f in look(tmp_path, *teacher, check=setting_checks.memory)} == {"ok"}
+    assert {f.level for f in look(tmp_path, *teacher, check=look_at)} == {"ok"}
     sizes["cpu"] -= 1
-    warning = only(look(tmp_path, *teacher, check=setting_checks.memory), "warning")
+    warning = only(look(tmp_path, *teacher, check=look_at), "warning")
     assert warning.field == "student_train" and "student_train, student_infer hold" in warning.message
     sizes["cpu"] = trained - 1
-    assert only(look(tmp_path, *teacher, check=setting_checks.memory), "error").field == "student_train"
+    assert only(look(tmp_path, *teacher, check=look_at), "error").field == "student_train"
     # Two ranks hold half each, on one machine the whole.
-    assert errors_of(look(tmp_path, *teacher, "student_train.world_size=2", check=setting_checks.memory))
+    assert errors_of(look(tmp_path, *teacher, "student_train.world_size=2", check=look_at))
+
+
+def test_memory_of_a_device_is_for_one_role_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = 320 * 96 + 2 * (2 * 96 * 24 * 6 + 3 * 96 * 256 + 2 * 96) + 96
+    look_at, room = memory_checks.memory, 16 * parameters
+    sizes = {"0": room}
+    monkeypatch.setattr(memory_checks, "_memory_of", lambda place, address: sizes.get(place))
+    shared = ["student_train.device_mapping=[0]", "student_infer.device_mapping=[0]", "teacher.device_mapping=[1]"]
+    assert {f.level for f in look(tmp_path, *shared, check=look_at)} == {"ok"}
+    sizes["0"] -= 1
+    assert only(look(tmp_path, *shared, check=look_at), "error").field == "student_train"
+    # A weight update needs the weights of two.
+    sizes["0"] = 8 * parameters - 1
+    warning = only(look(tmp_path, *shared, check=look_at), "warning")
+    assert warning.field == "student_train.device_mapping" and "weight update of student_infer" in warning.message
+    # Offloaded, the trainer holds next to nothing.
+    offload = "student_train.strategy_args.strategy_config.offload_policy=true"
+    sizes["0"] = 4 * parameters
+    assert {f.level for f in look(tmp_path, *shared, offload, check=look_at)} == {"ok"}
+    # Who is not there waits in the host's memory.
+    sizes["cpu"] = room - 1
+    warning = only(look(tmp_path, *shared, offload, check=look_at), "warning")
+    assert warning.field == "student_train.device_mapping" and "wait in this machine's memory" in warning.message
+    # Of a device that nobody knows, nothing is said.
+    del sizes["0"], sizes["cpu"]
+    assert {f.level for f in look(tmp_path, *shared, check=look_at)} == {"ok"}
+
+
+def test_memory_of_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = 320 * 96 + 2 * (2 * 96 * 24 * 6 + 3 * 96 * 256 + 2 * 96) + 96
+    monkeypatch.setattr(memory_checks, "_memory_of", lambda place, address: 16.0 * parameters)
+    engine = "student_infer.strategy_args={strategy_name: vllm, strategy_config: {gpu_memory_utilization: %s}}"
+    own = ["student_infer.device_mapping=[1]"]
+    assert errors_of(look(tmp_path, engine % 0.25, *own, check=memory_checks.memory)) == []
+    (error,) = errors_of(look(tmp_path, engine % 0.24, *own, check=memory_checks.memory))
+    assert error.field == "student_infer.strategy_args.strategy_config.gpu_memory_utilization"
+    assert "24% of device 1" in error.message
 
 
 def test_memory_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (setting_checks._memory_of("cpu", None) or 0) > 2**28
-    assert setting_checks._memory_of("cpu", "auto") is None
+    assert (memory_checks._memory_of("cpu", None) or 0) > 2**28
+    assert memory_checks._memory_of("cpu", "auto") is None
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert setting_checks._memory_of("0", None) is None
+    assert memory_checks._memory_of("0", None) is None
+
+
+# ---- backends --------------------------------------------------------------------------------------------------------
+
+
+def backend(role: str, strategy: str, **settings: Any) -> str:
+    """An override that gives ``role`` a backend; see :data:`SILENT`."""
+    return f"{role}.strategy_args={{strategy_name: {strategy}, strategy_config: {json.dumps(settings)}}}".replace(
+        '"', ""
+    )
+
+
+# Most of them cannot sample.
+SILENT = "validation.teacher_accuracy=false"
+ENGINES = [SILENT, "student_train.world_size=2", backend("student_train", "megatron_train")]
+ENGINES += [backend("student_infer", "vllm"), backend("teacher", "fsdp2_infer")]
+ENGINES += ["teacher.model_args.adapter_name_or_path=an/adapter"]
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str | None]) -> None:
+    def version(package: engine_checks.Package) -> str | None:
+        return versions.get(package.module)
+
+    monkeypatch.setattr(engine_checks.Package, "installed", version)
+
+
+def test_packages_of_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert look(tmp_path, check=engine_checks.packages) == []
+    installed(monkeypatch, {"vllm": "0.23.1", "megatron.core": "0.16.1", "peft": "0.21.2"})
+    assert {f.level for f in look(tmp_path, *ENGINES, check=engine_checks.packages)} == {"ok"}
+    installed(monkeypatch, {"vllm": "0.34.0", "megatron.core": "0.17.0rc1", "peft": ""})
+    warnings = [f for f in look(tmp_path, *ENGINES, check=engine_checks.packages) if f.level == "warning"]
+    assert [f.field for f in warnings] == [
+        f"{r}.strategy_args.strategy_name" for r in ("student_train", "student_infer")
+    ]
+    assert "megatron.core 0.17.0rc1 is installed; this code is made for 0.16:" in warnings[0].message
+    assert "made for 0.23 to 0.33: pip install 'roll-opd[vllm]'" in warnings[1].message
+    installed(monkeypatch, {})
+    errors = errors_of(look(tmp_path, *ENGINES, check=engine_checks.packages))
+    assert [e.field for e in errors] == [
+        "student_train.strategy_args.strategy_name",
+        "student_infer.strategy_args.strategy_name",
+        "teacher.model_args.adapter_name_or_path",
+    ]
+    for error, extra in zip(errors, ("megatron", "vllm", "lora"), strict=True):
+        assert f"is not installed; install it: pip install 'roll-opd[{extra}]'" in error.message
+
+
+def test_whether_a_package_is_installed() -> None:
+    def installed(module: str, *distributions: str) -> str | None:
+        return engine_checks.Package(module, distributions, "x", None).installed()
+
+    assert (installed("pytest", "no-such", "pytest") or "").count(".") >= 1
+    assert installed("json", "json") == ""
+    assert installed("no_such_module") is None and installed("no_such_module.part") is None
+
+
+@pytest.mark.parametrize(
+    ("model", "strategy", "settings", "field", "words"),
+    [
+        ({}, "megatron_infer", {"tensor_model_parallel_size": 3}, "tensor_model_parallel_size", "4 attention heads"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 4}, "megatron_infer", {"tensor_model_parallel_size": 6},
+         "tensor_model_parallel_size", "neither divides the model's 4 key-value heads nor is a multiple"),
+        ({}, "megatron_infer", {"pipeline_model_parallel_size": 4}, "pipeline_model_parallel_size", "3 layers"),
+        ({"num_hidden_layers": 6}, "megatron_infer",
+         {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+         "virtual_pipeline_model_parallel_size", "2 does not divide the 3 layers"),
+        ({}, "megatron_infer", {"expert_model_parallel_size": 2}, "expert_model_parallel_size", "no experts"),
+        ({"model_type": "qwen3_moe", "num_experts": 6}, "megatron_infer", {"expert_model_parallel_size": 4},
+         "expert_model_parallel_size", "6 experts"),
+        ({"model_type": "qwen3_moe", "num_experts": 6}, "megatron_infer", {"tensor_model_parallel_size": 2},
+         "sequence_parallel", "must be true"),
+        ({}, "vllm", {"tensor_parallel_size": 3}, "tensor_parallel_size", "4 attention heads"),
+    ],
+)  # fmt: skip
+def test_parallel_sizes_divide_the_model(
+    tmp_path: Path, model: dict[str, Any], strategy: str, settings: dict[str, int], field: str, words: str
+) -> None:
+    load(tmp_path)
+    edit_json(tmp_path / "models" / "teacher" / "config.json", **model)
+    sizes = [SILENT, "teacher.world_size=12", backend("teacher", strategy, **settings)]
+    findings = look(tmp_path, *sizes, check=engine_checks.spreading)
+    error = only(findings, "error")
+    assert error.field == f"teacher.strategy_args.strategy_config.{field}" and words in error.message
+    findings = look(tmp_path, SILENT, backend("teacher", strategy), check=engine_checks.spreading)
+    assert only(findings, "ok").field == "teacher"
+
+
+def test_families_of_megatron(tmp_path: Path) -> None:
+    load(tmp_path)
+    edit_json(tmp_path / "models" / "teacher" / "config.json", model_type="gemma3")
+    error = only(look(tmp_path, SILENT, backend("teacher", "megatron_infer"), check=engine_checks.spreading), "error")
+    assert error.field == "teacher.model_args.model_name_or_path" and "use an fsdp2 strategy" in error.message
+    assert look(tmp_path, check=engine_checks.spreading) == []
+    away = "teacher.model_args.model_name_or_path=/no/such"
+    assert only(look(tmp_path, away, backend("teacher", "vllm"), check=engine_checks.spreading), "skipped")
+
+
+def test_a_remote_teacher_needs_no_files_here(tmp_path: Path) -> None:
+    server = [SILENT, backend("teacher", "remote", base_url="http://127.0.0.1:1")]
+    away = "teacher.model_args.model_name_or_path=/no/such/model"
+    findings = look(tmp_path, away, *server)
+    assert errors_of(findings) == []
+    skipped = [f for f in findings if f.level == "skipped" and "compared when the run starts" in f.message]
+    assert [f.field for f in skipped] == ["teacher.model_args.model_name_or_path"]
+    # With files, its tokens are compared like those of others.
+    assert any("has the student's 305 tokens" in f.message for f in look(tmp_path, *server))
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

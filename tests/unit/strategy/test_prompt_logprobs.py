@@ -12,7 +12,7 @@ import torch
 
 from roll_opd.algorithms.support import tail_logprob
 from roll_opd.distributed.strategy.base import ScoreRequest, ScoreWant
-from roll_opd.distributed.strategy.prompt_logprobs import TAIL_FLOOR, check_want, score_result
+from roll_opd.distributed.strategy.prompt_logprobs import TAIL_FLOOR, check_want, padding_mass, score_result
 from roll_opd.errors import ModelError
 from roll_opd.trajectory import TrajectoryId
 
@@ -205,6 +205,12 @@ def _flat_with(**changes) -> Flat:
 def test_what_cannot_be_true_is_refused(entries, message):
     with pytest.raises(ValueError, match=message):
         score_result(request(), entries, ScoreWant(top_k=2), vocab_size=4)
+
+
+def test_padding_mass():
+    assert padding_mass(answer(PROBS, 4), vocab_size=4) == 0.0
+    assert padding_mass(answer(PADDED, 2), vocab_size=4) == pytest.approx(0.30)  # 0.20 of id 5 does not show
+    assert padding_mass(as_json(answer(PADDED, 6)), vocab_size=4) == pytest.approx(0.50)
 
 
 def test_a_token_beyond_the_vocabulary_is_refused():

@@ -287,8 +287,8 @@ def test_models_that_cannot_be_a_critic_are_refused(tmp_path: Path, tiny_models,
         load(str(broken))
 
 
-def test_a_family_with_another_attention_is_refused(tmp_path: Path) -> None:
-    """Gemma 2 with bounded attention scores, and no sliding window that would keep our attention away."""
+def test_a_family_with_bounded_attention_scores_has_its_own_attention(tmp_path: Path) -> None:
+    """Gemma 2, and no sliding window that would keep our attention away."""
     config = Gemma2Config(
         vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, initializer_range=0.3, pad_token_id=0, attn_logit_softcapping=0.5,
@@ -297,8 +297,12 @@ def test_a_family_with_another_attention_is_refused(tmp_path: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(5)
         Gemma2Model(config).float().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"hidden states of Gemma2Model.*not supported"):
-        load_value_model(ModelArguments(str(tmp_path)), role="critic", vocab_size=305, device=CPU)
+    args = ModelArguments(str(tmp_path))
+    model = load_value_model(args, role="critic", vocab_size=305, device=CPU)
+    ours, own = model.ours_and_own()
+    torch.testing.assert_close(ours, own, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ModelError, match=r"critic\.model_args\.attn_implementation.*'sdpa' would ignore.*eager"):
+        load_value_model(replace(args, attn_implementation="sdpa"), role="critic", vocab_size=305, device=CPU)
 
 
 def test_the_head_works_in_fp32_under_bf16(with_head, vocabulary, sequences) -> None:

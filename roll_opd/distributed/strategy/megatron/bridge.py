@@ -103,6 +103,7 @@ class WeightBridge:
         world_size: over how many ranks.
 
     Attributes:
+        recipes: of all tensors of the model, by their names in Megatron-core.
         padded_vocab_size: rows of embedding and head, filled up so that the tensor-parallel ranks get equally many.
         aliases: for a tensor that is held once under one name, the further names that it has in Hugging Face's model.
     """
@@ -119,7 +120,7 @@ class WeightBridge:
         tensor = settings.tensor_model_parallel_size
         self.padded_vocab_size = math.ceil(hf_config.vocab_size / tensor) * tensor
         self._layers = _stages_of_layers(config)
-        self._recipes = {t.name: t for t in self._table()}
+        self.recipes = {recipe.name: recipe for recipe in self._table()}
 
     # ---- into Megatron-core ------------------------------------------------------------------------------------------
 
@@ -137,7 +138,7 @@ class WeightBridge:
         """
         files = _Checkpoint(path, field)
         # Some checkpoints of tied models have the head all the same.
-        files.check(self._shapes, spare={_HEAD} if self.tied else set())
+        files.check(self.shapes, spare={_HEAD} if self.tied else set())
         for parameter in self._local(chunks).values():
             parameter.data.zero_()  # what nothing is copied to is padding
         for name, pieces in self._by_source(chunks).items():
@@ -156,19 +157,19 @@ class WeightBridge:
         for name, tensor in tensors:
             if name in doubles:
                 continue
-            if tuple(tensor.shape) != self._shapes.get(name):
+            if tuple(tensor.shape) != self.shapes.get(name):
                 raise ModelError(
-                    f"weight update: {name} is {tuple(tensor.shape)}, the model's is {self._shapes.get(name)}"
+                    f"weight update: {name} is {tuple(tensor.shape)}, the model's is {self.shapes.get(name)}"
                 )
             for piece in by_source.get(name, []):
                 source = tensor.narrow(piece.dim, piece.start, piece.length).to(piece.parameter)
                 piece.target.lerp_(source, mix) if mix < 1.0 else piece.target.copy_(source)
 
     @cached_property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each Hugging Face tensor."""
         shapes: dict[str, tuple[int, ...]] = {}
-        for recipe in self._recipes.values():
+        for recipe in self.recipes.values():
             lengths: dict[str, int] = {}
             for run in recipe.runs:
                 if run.name is not None:
@@ -180,7 +181,7 @@ class WeightBridge:
         """For each Hugging Face tensor, which parameters of this rank it has a part in."""
         pieces: dict[str, list[Piece]] = {}
         for name, parameter in self._local(chunks).items():
-            recipe = self._recipes[name]
+            recipe = self.recipes[name]
             assert parameter.shape == recipe.part, f"{name}: {tuple(parameter.shape)} is not {recipe.part}"
             length = recipe.part[recipe.dim]
             begin = self._part_index(recipe) * length
@@ -201,7 +202,7 @@ class WeightBridge:
         rank = dist.get_rank()
         local = self._local(chunks)
         like = next(iter(local.values())).data
-        for recipe in self._recipes.values():
+        for recipe in self.recipes.values():
             if recipe.name == _OUR_HEAD and self.tied:
                 continue
             parts: list[Tensor] = []
@@ -224,11 +225,10 @@ class WeightBridge:
         first_expert = parallel_state.get_expert_model_parallel_rank() * experts
         out: dict[str, nn.Parameter] = {}
         for chunk in unwrap_model(list(chunks)):
-            first_layer = get_transformer_layer_offset(self._config, chunk.vp_stage)
             for name, parameter in chunk.named_parameters():
                 words = name.split(".")
                 if words[:2] == ["decoder", "layers"]:
-                    words[2] = str(int(words[2]) + first_layer)
+                    words[2] = str(chunk.decoder.layers[int(words[2])].layer_number - 1)
                 if "local_experts" in words:
                     number = words.index("local_experts") + 1
                     words[number] = str(int(words[number]) + first_expert)

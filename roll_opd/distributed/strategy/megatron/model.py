@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel import (
     set_defaults_if_not_set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -34,12 +35,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from roll_opd.algorithms.chunked_head import FullTarget, Head, HeadOutputs, SupportTarget, head_outputs
 from roll_opd.algorithms.projection import WHOLE, VocabShard
-from roll_opd.configs.backends.megatron import MegatronSettings
+from roll_opd.configs.backends.megatron import FAMILIES, MegatronSettings
 from roll_opd.configs.model_args import ModelArguments
 from roll_opd.distributed.strategy.megatron.bridge import WeightBridge
-from roll_opd.distributed.strategy.megatron.parallel import expert_tensor_size, setting_path, virtual_size
+from roll_opd.distributed.strategy.megatron.parallel import expert_tensor_size
 from roll_opd.distributed.strategy.megatron.shim import cuda_shim
-from roll_opd.distributed.strategy.packed_model import DTYPES, Apply, shifted
+from roll_opd.distributed.strategy.packed_model import Apply, shifted
+from roll_opd.distributed.strategy.pretrained import DTYPES
 from roll_opd.errors import ConfigError, ModelError
 from roll_opd.trajectory import PackedBatch
 
@@ -48,10 +50,11 @@ try:
 except ImportError:  # a CUDA extension that need not be there; torch's own attention is
     flash_attn_varlen_func = None
 
-logger = logging.getLogger(__name__)
+if not hasattr(moe_utils, "te_general_gemm"):
+    # Version 0.16.1 asks whether there is such a kernel by a name that it defines only with TransformerEngine.
+    moe_utils.te_general_gemm = None
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
-"""``model_type`` of the models that are computed here as transformers computes them."""
+logger = logging.getLogger(__name__)
 
 _ROPE = ("default", "linear", "llama3")
 """Rotary embeddings whose frequencies depend on nothing but the config, and which scale no attention score."""
@@ -297,7 +300,8 @@ def load_chunks(
         raise ModelError(f"{role}: the head has {hf_config.vocab_size} rows, the tokenizer {vocab_size} tokens")
     config = transformer_config(hf_config, settings, device, dtype or DTYPES[args.dtype], trains=trains)
     bridge = WeightBridge(hf_config, config, settings, dist.get_world_size())
-    stages = [None] if config.virtual_pipeline_model_parallel_size is None else range(virtual_size(settings) or 1)
+    parts = settings.virtual_pipeline_model_parallel_size
+    stages = [None] if parts is None else range(parts)
     with cuda_shim():
         chunks = [
             MegatronChunk(
@@ -371,30 +375,36 @@ def check_sizes(hf_config: PretrainedConfig, settings: MegatronSettings, role: s
         ConfigError: says which setting, and what would fit.
     """
 
-    def divides(name: str, size: int, number: int, what: str) -> None:
-        if number % size:
-            raise ConfigError(setting_path(role, name), f"{size} must divide the model's {number} {what}")
-
     tensor, experts = settings.tensor_model_parallel_size, settings.expert_model_parallel_size
-    virtual = virtual_size(settings)
+    pipeline, parts = settings.pipeline_model_parallel_size, settings.virtual_pipeline_model_parallel_size or 1
+
+    def require(fits: bool, setting: str, problem: str) -> None:
+        if not fits:
+            raise ConfigError(f"{role}.strategy_args.strategy_config.{setting}", problem)
+
+    def divides(setting: str, size: int, number: int, what: str) -> None:
+        require(number % size == 0, setting, f"{size} does not divide the model's {number} {what}")
+
+    groups, mixture = hf_config.num_key_value_heads, hf_config.model_type == "qwen3_moe"
     divides("tensor_model_parallel_size", tensor, hf_config.num_attention_heads, "attention heads")
-    groups = hf_config.num_key_value_heads
-    if groups % tensor and tensor % groups:
-        raise ConfigError(
-            setting_path(role, "tensor_model_parallel_size"),
-            f"{tensor} must divide the model's {groups} key-value heads or be a multiple of them",
-        )
-    stages = settings.pipeline_model_parallel_size * (virtual or 1)
-    name = "pipeline_model_parallel_size" if virtual is None else "virtual_pipeline_model_parallel_size"
-    what = "layers" if virtual is None else f"layers; it is {virtual} times the pipeline's size"
-    divides(name, stages, hf_config.num_hidden_layers, what)
-    if hf_config.model_type != "qwen3_moe":
-        divides("tensor_model_parallel_size", tensor, hf_config.intermediate_size, "rows of an MLP matrix")
-        if experts > 1:
-            raise ConfigError(
-                setting_path(role, "expert_model_parallel_size"),
-                f"is {experts}, but a {hf_config.model_type} has no experts; leave it out",
-            )
+    require(
+        groups % tensor == 0 or tensor % groups == 0,
+        "tensor_model_parallel_size",
+        f"{tensor} neither divides the model's {groups} key-value heads nor is a multiple of them",
+    )
+    divides("pipeline_model_parallel_size", pipeline, hf_config.num_hidden_layers, "layers")
+    divides(
+        "virtual_pipeline_model_parallel_size", pipeline * parts, hf_config.num_hidden_layers, "layers (stages x parts)"
+    )
+    # Of two stages each follows the other, and Megatron-core then mistakes one direction's row lengths for the other's.
+    require(
+        parts == 1 or pipeline > 2,
+        "virtual_pipeline_model_parallel_size",
+        f"interleaves the stages of a pipeline_model_parallel_size of at least 3, and it is {pipeline}; remove it",
+    )
+    if not mixture:
+        divides("tensor_model_parallel_size", tensor, hf_config.intermediate_size, "rows of an MLP's matrix")
+        require(experts == 1, "expert_model_parallel_size", f"is {experts}, and the model has no experts; remove it")
         return
     divides("expert_model_parallel_size", experts, hf_config.num_experts, "experts")
     divides(
@@ -403,19 +413,19 @@ def check_sizes(hf_config: PretrainedConfig, settings: MegatronSettings, role: s
         hf_config.moe_intermediate_size,
         "rows of an expert's matrix",
     )
-    if tensor > 1 and not settings.sequence_parallel:
-        raise ConfigError(
-            setting_path(role, "sequence_parallel"),
-            "must be true for a mixture of experts with tensor_model_parallel_size above 1: else every tensor-parallel "
-            "rank would route every token",
-        )
-    if settings.moe_token_dispatcher_type != "alltoall":
-        raise ConfigError(
-            setting_path(role, "moe_token_dispatcher_type"),
-            "must be alltoall: 'allgather' needs rows of one length, 'flex' a CUDA library that is not built against",
-        )
+    require(
+        tensor == 1 or settings.sequence_parallel,
+        "sequence_parallel",
+        "must be true for a mixture of experts with tensor_model_parallel_size above 1: else each tensor-parallel rank "
+        "would route every token",
+    )
+    require(
+        settings.moe_token_dispatcher_type == "alltoall",
+        "moe_token_dispatcher_type",
+        f"{settings.moe_token_dispatcher_type} needs rows of one length, or a CUDA library; use alltoall",
+    )
     if settings.moe_grouped_gemm:
-        logger.warning("%s has no effect: experts are computed one by one", setting_path(role, "moe_grouped_gemm"))
+        logger.warning("%s: moe_grouped_gemm has no effect: experts are computed one by one", role)
 
 
 def transformer_config(
@@ -468,7 +478,7 @@ def transformer_config(
         fp16=dtype == torch.float16,
         tensor_model_parallel_size=settings.tensor_model_parallel_size,
         pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual_size(settings),
+        virtual_pipeline_model_parallel_size=settings.virtual_pipeline_model_parallel_size,
         sequence_parallel=settings.sequence_parallel,
         # Rows differ in length, and each is sent alone, which needs no wait for the device.
         variable_seq_lengths=True,
@@ -482,6 +492,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
+        cuda_graph_scope=[],
         **mixture,
         **recompute,
     )

@@ -31,12 +31,13 @@ from roll_opd.distributed.strategy.base import (
 from roll_opd.distributed.strategy.loss_inputs import row_loss
 from roll_opd.distributed.strategy.megatron.model import MegatronChunk, load_chunks, whole_head
 from roll_opd.distributed.strategy.megatron.parallel import initialize
-from roll_opd.distributed.strategy.megatron.residence import Residence
 from roll_opd.distributed.strategy.megatron.shim import cuda_shim
 from roll_opd.distributed.strategy.megatron.trainer import MegatronTrainer, microbatches_in_step, run_pipeline
-from roll_opd.distributed.strategy.packed_model import DTYPES, as_bytes, head_of, raw_of, tensor_of
-from roll_opd.distributed.strategy.scoring import idle_request, rows_of, score_row
-from roll_opd.distributed.strategy.sharded_trainer import disk_errors
+from roll_opd.distributed.strategy.packed_model import as_bytes, head_of, raw_of, tensor_of
+from roll_opd.distributed.strategy.pretrained import DTYPES
+from roll_opd.distributed.strategy.residence import Residence
+from roll_opd.distributed.strategy.scoring import idle_request, in_order_of, rows_of, score_row
+from roll_opd.distributed.strategy.sharded_model import disk_errors
 from roll_opd.distributed.strategy.tokenizer import Vocabulary
 from roll_opd.distributed.strategy.weight_export import weight_buckets
 from roll_opd.trajectory import BoolArray, IntArray, PackedBatch, RawTensor
@@ -59,7 +60,7 @@ class _MegatronModel:
         assert config.strategy_args is not None
         self.role, self.config, self.device = role, config, device
         self.settings = backend_settings(config.strategy_args, f"{role}.strategy_args")
-        initialize(self.settings, role, device)
+        initialize(self.settings, device)
         self.chunks: list[MegatronChunk] = load_chunks(
             config.model_args, self.settings, role=role, vocab_size=vocabulary.size, device=device, trains=trains
         )
@@ -79,9 +80,10 @@ class _MegatronModel:
         """Score ``requests``; ranks that do not answer return nothing."""
         # Hidden states are the same on all tensor-parallel ranks.
         own = want if self.answers else dataclasses.replace(want, hidden=False)
-        rows = [(row, own) for row in rows_of(requests, self.config)]
-        idle = microbatches_in_step(len(rows), self.device) - len(rows)
-        pipelined = rows + [([idle_request()], SAMPLED_ONLY)] * idle
+        count = microbatches_in_step(len(rows_of(requests, self.config)), self.device)
+        rows = rows_of(requests, self.config, at_least=count)
+        idle = ([idle_request()], SAMPLED_ONLY)
+        pipelined = [(row, own) for row in rows] + [idle] * (count - len(rows))
         if not pipelined:
             return []
 
@@ -93,7 +95,9 @@ class _MegatronModel:
 
         with cuda_shim(), torch.no_grad():
             scores = run_pipeline(self.chunks, pipelined, forward, self.device, backward=False)
-        return [result for row in scores[: len(rows)] for result in row] if self.answers else []
+        if not self.answers:
+            return []
+        return in_order_of(requests, rows, [result for row in scores[: len(rows)] for result in row])
 
     def export_hf(self, folder: str, dtype: torch.dtype) -> None:
         """Write a Hugging Face checkpoint from rank 0."""

@@ -21,6 +21,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from transformers import get_scheduler
@@ -28,11 +29,13 @@ from transformers import get_scheduler
 from roll_opd.configs.backends.megatron import MegatronSettings
 from roll_opd.configs.worker_config import WorkerConfig
 from roll_opd.distributed.strategy.megatron.shim import cuda_shim
-from roll_opd.distributed.strategy.packed_model import DTYPES
-from roll_opd.distributed.strategy.sharded_trainer import disk_errors
+from roll_opd.distributed.strategy.pretrained import DTYPES
+from roll_opd.distributed.strategy.sharded_model import disk_errors
 from roll_opd.errors import LaunchError, TrainingError
 
 T = TypeVar("T")
+
+_LAYOUT_FILE = "layout.pt"
 
 StageForward = Callable[[Any, T], tuple[Tensor, Any]]
 """What a stage makes of a row: the hidden states that it sends on, or on the last stage a loss, and a result."""
@@ -284,29 +287,32 @@ class MegatronTrainer:
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     @property
-    def _layout(self) -> dict[str, int | str]:
-        """What must be the same for this rank to find its own tensors in a checkpoint."""
+    def _layout(self) -> dict[str, Any]:
+        """What must be the same for each rank to find its own tensors in a checkpoint."""
         settings = self.settings
         return {
             "world_size": dist.get_world_size(),
             "tensor_model_parallel_size": settings.tensor_model_parallel_size,
             "pipeline_model_parallel_size": settings.pipeline_model_parallel_size,
-            "virtual_pipeline_model_parallel_size": settings.virtual_pipeline_model_parallel_size or 1,
+            "virtual_pipeline_model_parallel_size": settings.virtual_pipeline_model_parallel_size,
             "expert_model_parallel_size": settings.expert_model_parallel_size,
-            "use_distributed_optimizer": int(self.distributed),
-            "dtype": str(self.dtype),
+            "use_distributed_optimizer": self.distributed,
+            "optimizer": self.training.optimizer,
+            "dtype": str(self.dtype).removeprefix("torch."),
         }
 
     def save(self, folder: str) -> None:
-        """Write parameters, optimizer, schedule and random state; every rank its part. Changes nothing here."""
+        """Write weights, optimizer, schedule and random state; every rank its part. Changes nothing here."""
         state = {
-            "layout": self._layout,
             "updates": self.updates,
             "rng": torch.get_rng_state(),
-            "masters": [[p.detach() for p in part.get_parameters()] for part in self._parts],
+            # The fp32 weights; those that the model computes with follow from them.
+            "weights": [[_on_host(p) for p in part.get_parameters()] for part in self._parts],
             "optimizers": [part.optimizer.state_dict() for part in self._parts],
         }
         with disk_errors("checkpoint_config.output_dir", f"cannot write {folder}"):
+            if dist.get_rank() == 0:
+                torch.save(self._layout, Path(folder) / _LAYOUT_FILE)
             torch.save(state, _rank_file(folder))
         dist.barrier()
 
@@ -317,27 +323,28 @@ class MegatronTrainer:
             LaunchError: it cannot be read, or was written by ranks in another layout.
         """
         with disk_errors("resume_from_checkpoint", f"cannot read {folder}"):
-            state = torch.load(_rank_file(folder), map_location=self.device, weights_only=True)
+            layout = torch.load(Path(folder) / _LAYOUT_FILE, weights_only=True)
         for name, value in self._layout.items():
-            if state["layout"][name] != value:
+            if layout.get(name) != value:
                 raise LaunchError(
-                    f"resume_from_checkpoint: {folder} was written with {name} {state['layout'][name]}, this run has "
-                    f"{value}; Megatron's checkpoints need the layout that they were written in"
+                    f"resume_from_checkpoint: {folder} was written with {name} {layout.get(name)}, but it is {value} "
+                    f"now; megatron_train resumes in the layout that it was stopped in"
                 )
-        for part, masters, optimizer in zip(self._parts, state["masters"], state["optimizers"], strict=True):
-            with torch.no_grad():
-                for parameter, value in zip(part.get_parameters(), masters, strict=True):
-                    parameter.copy_(value)
-            part.optimizer.load_state_dict(optimizer)
-        self._parameters_from_masters()
+        with disk_errors("resume_from_checkpoint", f"cannot read {folder}"):
+            state = torch.load(_rank_file(folder), map_location="cpu", weights_only=True)
+            for part, weights, optimizer in zip(self._parts, state["weights"], state["optimizers"], strict=True):
+                for parameter, value in zip(part.get_parameters(), weights, strict=True):
+                    parameter.data.copy_(value)
+                part.optimizer.load_state_dict(optimizer)
+        self._follow_optimizer()
         self.updates = state["updates"]
-        torch.set_rng_state(state["rng"].cpu())
+        torch.set_rng_state(state["rng"])
 
-    def _parameters_from_masters(self) -> None:
+    def _follow_optimizer(self) -> None:
         """Have the model's parameters follow the optimizer's, as after a step."""
         with cuda_shim(), torch.no_grad():
             for part in self._parts:
-                if hasattr(part, "_copy_main_params_to_model_params"):
+                if isinstance(part, MixedPrecisionOptimizer):
                     part._copy_main_params_to_model_params()
             if self.distributed:
                 for chunk in self.chunks:
@@ -352,6 +359,11 @@ def _add(sums: dict[str, Tensor], name: str, values: Tensor) -> None:
 def _finalize(model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
     """Reduce the gradients over the ranks, as Megatron does, but do not divide them by a number of tokens."""
     finalize_model_grads(model, None, **options)
+
+
+def _on_host(view: Tensor) -> Tensor:
+    """A copy on the host; of a view, torch would write all that it is a view of."""
+    return torch.empty(view.shape, dtype=view.dtype).copy_(view.detach())
 
 
 def _rank_file(folder: str) -> Path:

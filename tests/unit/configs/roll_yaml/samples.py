@@ -32,6 +32,7 @@ VALUES: dict[str, Any] = {
     "moe_aux_loss_coef": 0.001,
     "num_groups_partition": [128],
 }
+_PLAIN = (int, float, str, bool)
 # ROLL's words for values of keys that are nothing here.
 THEIRS: dict[str, Any] = {"rollout_mock": {"enable": True, "mode": "dump", "dump_dir": "dumps"}}
 
@@ -64,7 +65,7 @@ def _value(key: str, known: RollKey, hint: Any, default: Any) -> Any:
     if default is None and any(typing.get_origin(option) is dict for option in options):
         return {}
     if default is None:
-        return {int: 8, float: 0.5, str: "text"}.get(next((o for o in options if o in (int, float, str)), int))
+        return {int: 8, float: 0.5, str: "text", bool: True}.get(next((o for o in options if o in _PLAIN), int))
     return default
 
 
