@@ -4,7 +4,8 @@
     python docs/make_configuration.py --check    # exit code 1 if it is not up to date
 
 What a key means stands once, under its field in ``roll_opd/configs``. What this version does with it comes from
-``launch_checks.py`` and from the lists below, which name keys that are read from a YAML and then used by nothing.
+``launch_checks.py`` and ``role_checks.py``, and from the lists below, which name keys that are read from a YAML and
+then used by nothing.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from roll_opd.configs import (
     ValidationConfig,
     WorkerConfig,
     launch_checks,
+    role_checks,
 )
 from roll_opd.configs.agentic_config import (
     EnvManagerConfig,
@@ -217,10 +219,10 @@ NOTES = {
 
 def _read_by(cls: type, name: str) -> str:
     """Which strategies read a setting that the others refuse, or that the others do not read."""
-    if cls is ModelArguments and launch_checks.readers(name):
-        return f"Read by {_listed(launch_checks.readers(name))}; refused elsewhere."
+    if cls is ModelArguments and role_checks.readers(name):
+        return f"Read by {_listed(role_checks.readers(name))}; refused elsewhere."
     key = f"model_args.{name}" if cls is ModelArguments else name
-    unread = [strategy for strategy, keys in launch_checks.UNREAD_BY.items() if key in keys]
+    unread = [strategy for strategy, keys in role_checks.UNREAD_BY.items() if key in keys]
     return f"Not read by {_listed(unread)}." if cls in (ModelArguments, WorkerConfig) and unread else ""
 
 
@@ -292,9 +294,9 @@ def refused() -> dict[type, dict[str, str]]:
         BaseConfig: checks.NOT_YET,
         PipelineConfig: checks.NOT_YET,
         RLVRConfig: checks.NOT_YET,
-        ModelArguments: [key for key in checks.NOT_YET_MODEL if not checks.readers(key)],
+        ModelArguments: [key for key in role_checks.NOT_YET_MODEL if not role_checks.readers(key)],
         GeneratingArguments: checks.NOT_YET_GENERATING,
-        WorkerConfig: checks.NOT_YET_WORKER,
+        WorkerConfig: role_checks.NOT_YET_WORKER,
         RewardConfig: checks.NOT_YET_REWARD,
     }
     result = {cls: dict.fromkeys(names, "") for cls, names in lists.items()}

@@ -3,7 +3,7 @@
     python docs/make_roll_compatibility.py            # rewrite the part between the markers
     python docs/make_roll_compatibility.py --check    # exit code 1 if it is not up to date
 
-What a launch does not accept yet comes from ``launch_checks.py``.
+What a launch does not accept yet comes from ``launch_checks.py`` and ``role_checks.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from roll_opd.configs import launch_checks
+from roll_opd.configs import launch_checks, role_checks
 from roll_opd.configs.roll_compat import OTHER_PIPELINES, ROLL_CLASSES, ROLL_KEYS, ROLL_VARIABLES, SPELLINGS, RollKey
 
 PAGE = Path(__file__).with_name("roll_compatibility.md")
@@ -56,9 +56,9 @@ WAITING: dict[str, tuple[list[str], list[str]]] = {
     "BaseConfig": _TOP,
     "PipelineConfig": _TOP,
     "RLVRConfig": _TOP,
-    "WorkerConfig": (launch_checks.NOT_YET_WORKER, []),
+    "WorkerConfig": (role_checks.NOT_YET_WORKER, []),
     "RewardConfig": (launch_checks.NOT_YET_REWARD, []),
-    "ModelArguments": ([key for key in launch_checks.NOT_YET_MODEL if not launch_checks.readers(key)], []),
+    "ModelArguments": ([key for key in role_checks.NOT_YET_MODEL if not role_checks.readers(key)], []),
     "GeneratingArguments": (launch_checks.NOT_YET_GENERATING, []),
     "DataArguments": ([], launch_checks.UNREAD_DATA),
 }
@@ -79,8 +79,8 @@ def status_and_note(cls: str, key: str, known: RollKey) -> tuple[str, str]:
         notes.append(f"a launch accepts {' or '.join(['`null`', *harmless])} only")
     elif key in unread:
         notes.append("not read yet; affects speed or memory, and a launch says so")
-    if cls == "ModelArguments" and launch_checks.readers(key):
-        notes.append(f"read by {', '.join(f'`{name}`' for name in launch_checks.readers(key))}, refused elsewhere")
+    if cls == "ModelArguments" and role_checks.readers(key):
+        notes.append(f"read by {', '.join(f'`{name}`' for name in role_checks.readers(key))}, refused elsewhere")
     if known.inner:
         notes.append(f"a block of {', '.join(f'`{name}`' for name in known.inner)}")
     notes += [f"also spelled `{other}`" for other, name in SPELLINGS.get(cls, {}).items() if name == key]

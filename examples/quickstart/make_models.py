@@ -65,6 +65,7 @@ class Recipe:
     layers: int
     heads: int
     kv_heads: int
+    head_dim: int
     intermediate_size: int
     steps: int
     batch_size: int
@@ -80,6 +81,8 @@ RECIPES = {
         layers=3,
         heads=4,
         kv_heads=2,
+        # The smallest that the attention of vLLM for CPUs knows.
+        head_dim=32,
         intermediate_size=384,
         steps=400,
         batch_size=64,
@@ -91,6 +94,8 @@ RECIPES = {
         layers=2,
         heads=4,
         kv_heads=2,
+        # The smallest that the attention of vLLM for CPUs knows.
+        head_dim=32,
         intermediate_size=256,
         steps=600,
         batch_size=64,
@@ -160,7 +165,7 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) ->
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.kv_heads,
-        head_dim=recipe.hidden_size // recipe.heads,
+        head_dim=recipe.head_dim,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
         initializer_range=0.05,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from roll_opd.configs.backends import SETTINGS, backend_settings
 from roll_opd.configs.backends.megatron import MegatronSettings
 from roll_opd.configs.backends.remote import RemoteSettings
 from roll_opd.configs.backends.vllm import VLLMSettings
+from roll_opd.configs.builder import field_types
 from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.configs.roles import teacher_key
 from roll_opd.configs.worker_config import TeacherConfig, WorkerConfig
@@ -45,8 +46,10 @@ def check_backends(
             _check_megatron(settings, worker, where, warnings)
         elif isinstance(settings, RemoteSettings):
             _check_remote(settings, worker, path, where)
-        elif isinstance(settings, VLLMSettings) and worker is not config.actor_infer:
-            _check_scoring_engine(settings, worker, where)
+        elif isinstance(settings, VLLMSettings):
+            _check_engine(settings, where)
+            if worker is not config.actor_infer:
+                _check_scoring_engine(settings, worker, where)
     for name, teacher in config.teachers.items():
         _check_teacher(config, teacher, names[teacher_key(name)], warnings)
     _check_base_model(config, names)
@@ -90,15 +93,20 @@ def _check_remote(settings: RemoteSettings, worker: WorkerConfig, path: str, whe
         raise ConfigError(f"{path}.device_mapping", problem)
 
 
+def _check_engine(settings: VLLMSettings, where: str) -> None:
+    for key in settings.engine_args:
+        if key in field_types(VLLMSettings):
+            raise ConfigError(f"{where}.engine_args.{key}", f"is a setting of its own: write {where}.{key}")
+
+
 def _check_scoring_engine(settings: VLLMSettings, worker: WorkerConfig, where: str) -> None:
-    """An engine that gets no weight update must load its weights and keep them."""
-    if isinstance(worker, TeacherConfig) and worker.teacher_args.self_teacher == "live":
-        return
-    if settings.load_format == "dummy":
+    """An engine that gets no weight update must load its weights; one that is asked several times a step keeps them."""
+    follows = isinstance(worker, TeacherConfig) and worker.teacher_args.self_teacher == "live"
+    if settings.load_format == "dummy" and not follows:
         problem = "'dummy' starts with random weights, and no update brings others to a model that only scores"
         raise ConfigError(f"{where}.load_format", f"{problem}; use auto")
     if settings.sleep_level == 2:
-        problem = "2 forgets the weights, and no update brings them back to a model that only scores"
+        problem = "2 forgets the weights, and a model that scores comes back without an update that brings others"
         raise ConfigError(f"{where}.sleep_level", f"{problem}; use 1")
 
 
@@ -108,10 +116,10 @@ def _check_teacher(config: PipelineConfig, teacher: TeacherConfig, path: str, wa
     kind = teacher.teacher_args.self_teacher
     if kind in FOLLOWERS and strategy not in FOLLOWERS[kind]:
         problem = f"{strategy!r} cannot follow the student, as teacher_args.self_teacher: {kind} asks"
-        raise ConfigError(field, f"{problem}; use {' or '.join(FOLLOWERS[kind])}")
+        raise ConfigError(field, f"{problem}; use {_either(FOLLOWERS[kind])}")
     if config.validation is not None and config.validation.teacher_accuracy and strategy not in GENERATORS:
         problem = f"needs teachers that generate, and {path} runs on {strategy!r}"
-        fix = f"use {' or '.join(GENERATORS)} there, or set it to false"
+        fix = f"use {_either(GENERATORS)} there, or set it to false"
         raise ConfigError("validation.teacher_accuracy", f"{problem}; {fix}")
     args = config.opd_args
     many = args.objective == "direct" and args.support == "teacher_topk" and args.top_k > SERVER_MAX_LOGPROBS
@@ -120,6 +128,11 @@ def _check_teacher(config: PipelineConfig, teacher: TeacherConfig, path: str, wa
             f"opd_args.top_k: the server of {path} must have been started with --max-logprobs {args.top_k} or more "
             f"(vLLM's default is {SERVER_MAX_LOGPROBS})"
         )
+
+
+def _either(names: Sequence[str]) -> str:
+    """``a, b or c``."""
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _check_base_model(config: PipelineConfig, names: Mapping[str, str]) -> None:

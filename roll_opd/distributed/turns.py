@@ -35,12 +35,12 @@ AWAY, WEIGHTS, ALL = range(3)
 class Turns:
     """Knows which roles are on their devices, and brings them there.
 
+    Whatever moves a role raises :class:`~roll_opd.errors.WorkerError` where a worker has died, or could not be moved,
+    for example because the host's memory is full.
+
     Args:
         clusters: the roles that hold models. Those without a ``device_mapping`` share nothing.
         spare: roles that do without workers that have died, as long as one is left.
-
-    Raises (all that move roles):
-        WorkerError: a worker died, or could not be moved, for example because the host's memory is full.
     """
 
     def __init__(self, clusters: Mapping[str, Cluster], spare: Collection[str] = ()) -> None:

@@ -418,9 +418,10 @@ class TrajectoryStream:
             try:
                 await self._generate_once(worker, list(left.values()), finished, left)
                 return
-            except EngineDiedError:
+            except EngineDiedError as error:
                 if self.revive is None:
                     raise
+                logger.warning("%s; %d responses will be asked for again", error, len(left))
                 await asyncio.to_thread(self.revive, worker)
 
     async def _generate_once(
@@ -441,12 +442,12 @@ class TrajectoryStream:
                 result = await ref
                 left.pop(result.id, None)
                 finished(result)
+        except RayTaskError as error:  # before TimeoutError: Ray's copy of a worker's exception is of both classes
+            raise user_error(error) from error
         except TimeoutError:
             raise GenerationError(f"the generating engine gave no response for {self.deadline:.0f} s") from None
         except RayActorError as error:
             raise GenerationError(f"the generating process died: {str(error).splitlines()[0]}") from error
-        except RayTaskError as error:
-            raise user_error(error) from error
 
     def _trajectory(self, prompt: Prompt, result: GenerateResult) -> Trajectory:
         before, after = len(prompt.token_ids), len(result.response_ids)

@@ -19,6 +19,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from torch_ranks import TorchRanks
+from vllm_server import VLLMServer
 
 REPO = Path(__file__).parents[2]
 LAUNCHER = REPO / "examples" / "start_onpolicy_distill_pipeline.py"
@@ -167,3 +168,26 @@ def torch_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchRanks
     ranks = TorchRanks(tmp_path_factory.mktemp("ranks"))
     yield ranks
     ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def vllm_server(tiny_models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
+    """Serves the quickstart's teacher, its head cut to the tokenizer's 305 ids, for sequences of up to 100 tokens.
+
+    Prompts of more than 64 are computed in parts.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("vllm_server")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models.teacher)
+    model = AutoModelForCausalLM.from_pretrained(tiny_models.teacher, dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder / "teacher")
+    tokenizer.save_pretrained(folder / "teacher")
+    server = VLLMServer(
+        folder / "teacher", folder / "server.log", "--max-model-len", "101", "--max-logprobs", "305",
+        "--max-num-batched-tokens", "64", "--enable-tokenizer-info-endpoint",
+    )  # fmt: skip
+    yield server.start()
+    server.kill()

@@ -1,6 +1,6 @@
 """One rank of the layouts that ``test_megatron_model`` compares with transformers; runs in a process of its own.
 
-For each layout it loads the model, trains on four rows without changing a weight, exports weights and gradients, and
+For each layout it loads the model, trains on some rows without changing a weight, exports weights and gradients, and
 puts the weights back in halves. What the answering ranks and rank 0 found is written to the folder.
 
 Usage: ``megatron_ranks.py FOLDER RANK WORLD_SIZE``; ``FOLDER/layouts.json`` says what to do.
@@ -38,10 +38,10 @@ VOCAB = 305
 
 
 def rows_of(dp_rank: int) -> list[PackedBatch]:
-    """Four packed rows of one to three sequences; lengths differ between rows and between data-parallel ranks."""
+    """Eight packed rows of one to three sequences; lengths differ between rows and between data-parallel ranks."""
     rng = np.random.default_rng(dp_rank)
     rows = []
-    for lengths in ((9, 2, 12), (17, 4 + 2 * dp_rank), (5,), (3, 8)):
+    for lengths in ((9, 2, 12), (17, 4 + 2 * dp_rank), (5,), (3, 8), (6, 6), (2, 2, 3), (4,), (7, 5)):
         tokens = [rng.integers(3, VOCAB, n).astype(np.int32) for n in lengths]
         rows.append(PackedBatch.pack(tokens, [np.arange(n) > 0 for n in lengths]))
     return rows

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,22 +111,32 @@ def found(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         for case in CASES
     ]
     (folder / "layouts.json").write_text(json.dumps(cases))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     for world_size in (2, 4):
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(RANKS), str(folder), str(rank), str(world_size)],
-                env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            )
-            for rank in range(world_size)
-        ]  # fmt: skip
-        try:
-            outputs = [process.communicate(timeout=300)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        assert all(process.returncode == 0 for process in processes), "\n".join(outputs)[-6000:]
+        start_ranks(folder, world_size)
     return folder
+
+
+def start_ranks(folder: Path, world_size: int) -> None:
+    """Run ``megatron_ranks.py`` on each rank; when one fails, the others wait for it no longer."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    logs = [folder / f"{world_size}-{rank}.log" for rank in range(world_size)]
+    processes = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as output:
+            command = [sys.executable, str(RANKS), str(folder), str(rank), str(world_size)]
+            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+    deadline = time.monotonic() + 300
+    try:
+        while any(process.poll() is None for process in processes):
+            assert time.monotonic() < deadline, "\n".join(log.read_text()[-2000:] for log in logs)
+            if any(process.poll() for process in processes):
+                break
+            time.sleep(0.1)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert all(p.returncode == 0 for p in processes), "\n".join(log.read_text()[-4000:] for log in logs)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +202,7 @@ class TestLayouts:
         for dp_rank in range(dp_size(case)):
             ours = load_file(found / f"{name_of(*case)}-dp{dp_rank}.safetensors")
             theirs = expected[case[0], dp_size(case)]
-            for i in range(4):
+            for i in range(8):
                 for kind in ("logprobs", "entropy"):
                     torch.testing.assert_close(
                         ours[f"{kind}-{i}"], theirs[f"dp{dp_rank}-{kind}-{i}"], atol=1e-5, rtol=1e-5

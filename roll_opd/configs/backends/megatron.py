@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from roll_opd.configs.field_spec import ranged
 
@@ -52,3 +53,48 @@ class MegatronSettings:
         if self.recompute_granularity == "full":
             object.__setattr__(self, "recompute_method", self.recompute_method or "uniform")
             object.__setattr__(self, "recompute_num_layers", self.recompute_num_layers or 1)
+
+
+def size_problems(model: Mapping[str, Any], settings: MegatronSettings) -> Iterator[tuple[str, str]]:
+    """Say which sizes do not divide a model.
+
+    Args:
+        model: contents of the `config.json` of a model of one of :data:`FAMILIES`.
+        settings: how it is to be spread.
+
+    Yields:
+        Name of a setting, and what is wrong with it.
+    """
+    tensor, experts = settings.tensor_model_parallel_size, settings.expert_model_parallel_size
+    pipeline, parts = settings.pipeline_model_parallel_size, settings.virtual_pipeline_model_parallel_size or 1
+    # What a file leaves out has transformers' default; it is not judged here.
+    heads, layers = model.get("num_attention_heads", tensor), model.get("num_hidden_layers", pipeline * parts)
+    groups, count = model.get("num_key_value_heads") or heads, model.get("num_experts") or 0
+    rows = model.get("moe_intermediate_size" if count else "intermediate_size", tensor)
+    if count and experts > 1:
+        # Experts that have ranks of their own are not cut by the others.
+        rows = tensor
+    if heads % tensor:
+        yield "tensor_model_parallel_size", f"{tensor} does not divide the model's {heads} attention heads"
+    elif groups % tensor and tensor % groups:
+        problem = f"{tensor} neither divides the model's {groups} key-value heads nor is a multiple of them"
+        yield "tensor_model_parallel_size", problem
+    elif rows % tensor:
+        yield "tensor_model_parallel_size", f"{tensor} does not divide the {rows} rows of an MLP's matrix"
+    if layers % pipeline:
+        yield "pipeline_model_parallel_size", f"{pipeline} does not divide the model's {layers} layers"
+    elif layers % (pipeline * parts):
+        problem = f"{parts} does not divide the {layers // pipeline} layers of a pipeline rank"
+        yield "virtual_pipeline_model_parallel_size", problem
+    if not count and experts > 1:
+        yield "expert_model_parallel_size", f"is {experts}, and the model has no experts; remove it"
+    if not count:
+        return
+    if count % experts:
+        yield "expert_model_parallel_size", f"{experts} does not divide the model's {count} experts"
+    if tensor > 1 and not settings.sequence_parallel:
+        problem = "must be true for a mixture of experts with tensor_model_parallel_size above 1"
+        yield "sequence_parallel", f"{problem}: else each tensor-parallel rank would route every token"
+    if settings.moe_token_dispatcher_type != "alltoall":
+        problem = f"{settings.moe_token_dispatcher_type!r} needs rows of one length, or a CUDA library"
+        yield "moe_token_dispatcher_type", f"{problem}; use alltoall"

@@ -60,7 +60,13 @@ class FSDP2Strategy:
         self._teacher_heads: dict[str, Head] = {}
         self._tied = _tied_names(self.model.lm)
         self.trainer = ShardedTrainer(
-            config, checkpoint, self.model, self.model.lm, max_grad_norm=max_grad_norm, total_updates=total_updates
+            config,
+            checkpoint,
+            self.model,
+            self.model.lm,
+            max_grad_norm=max_grad_norm,
+            total_updates=total_updates,
+            guests=lambda: [t for h in self._teacher_heads.values() for t in (h.weight_VH, h.bias_V) if t is not None],
         )
 
     # ---- scoring -------------------------------------------------------------------------------------------------

@@ -100,11 +100,12 @@ class Checkpoint:
                 attn_implementation=self.attention,
                 trust_remote_code=self.args.trust_remote_code,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
         lm, loading = loaded
         # transformers fills what a file lacks with random numbers and goes on; such a model must neither teach nor
         # learn.
-        absent = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+        absent = sorted(loading["missing_keys"]) + sorted(key[0] for key in loading["mismatched_keys"])
         if absent:
             raise ModelError(
                 f"{self.field}: the weights in {self.path!r} lack {len(absent)} tensor(s) of the model, or have them "

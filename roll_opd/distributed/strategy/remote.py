@@ -124,8 +124,10 @@ class Server:
             try:
                 return self._once(where, body)
             except _PassingError as error:
+                failed = f"{self.url}{where}: {error} (attempt {attempt} of {attempts})"
+                logger.info("%s", failed)
                 if attempt == attempts or stop.wait(min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE)):
-                    raise ConnectionError(f"{self.url}{where}: {error} (attempt {attempt} of {attempts})") from error
+                    raise ConnectionError(failed) from error
         raise AssertionError("unreachable")
 
     def _once(self, where: str, body: Any) -> Any:
@@ -202,7 +204,7 @@ def _key(settings: RemoteSettings, path: str) -> str | None:
     key = os.environ.get(settings.api_key_env, "").strip()
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         problem = "is not set" if not key else "holds characters that no header can"
-        fix = f"export it where the run is started, or in {path.partition('.strategy_args')[0]}.system_envs"
+        fix = "export it where the run is started"
         raise ConfigError(f"{path}.api_key_env", f"the environment variable {settings.api_key_env} {problem}; {fix}")
     return key
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class Residence:
-    """Moves the memory under tensors to the host and back. Every view of that memory stays valid, and none is replaced.
+    """Moves the memory under tensors to the host and back; every view of that memory stays valid.
 
-    Megatron-core's parameters and gradients are views of large buffers, of which its optimizer holds views again: memory
-    can be moved under all of them, but no tensor can be.
+    Parameters and gradients may be views of large buffers, of which an optimizer holds other views: what they all lie
+    in can be moved, but none of them can be replaced.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Residence:
         return bool(self._moved)
 
     def leave(self, kept: Iterable[Tensor], scratch: Iterable[Tensor] = ()) -> None:
-        """Free the device memory of ``kept``, whose values go to the host, and of ``scratch``, whose values are zeros."""
+        """Free the memory of ``kept``, whose values go to the host, and of ``scratch``, whose values are zeros."""
         assert not self._moved, "it has left already"
         for index, memory in enumerate(_memory_of(kept)):
             host = self._host_memory(index, memory)

@@ -43,6 +43,7 @@ class ShardedTrainer(ShardedModel):
         total_updates: optimizer steps of the whole run, for the learning-rate schedule.
         full_precision: see :class:`ShardedModel`.
         rtol: likewise.
+        guests: what else leaves the device with the optimizer's state.
 
     Raises:
         ModelError: as :class:`ShardedModel`, or nothing is left to train.
@@ -59,6 +60,7 @@ class ShardedTrainer(ShardedModel):
         total_updates: int,
         full_precision: Iterable[torch.nn.Module] = (),
         rtol: float = 0.0,
+        guests: Callable[[], Iterable[Tensor]] = tuple,
     ) -> None:
         if not config.model_args.disable_gradient_checkpointing:
             # transformers recomputes in training mode only; without dropout the mode changes nothing else.
@@ -69,6 +71,7 @@ class ShardedTrainer(ShardedModel):
         training = config.training_args
         warmup = training.warmup_steps or int(np.ceil(training.warmup_ratio * total_updates))
         self.scheduler = get_scheduler(training.lr_scheduler_type, self.optimizer, warmup, total_updates)
+        self._guests = guests
         self._other = Residence()
 
     # ---- training ------------------------------------------------------------------------------------------------
@@ -176,9 +179,9 @@ class ShardedTrainer(ShardedModel):
 
     def _leave(self, keep_weights: bool) -> None:
         if not self._other.away:
-            state = (value for each in self.optimizer.state.values() for value in each.values())
-            gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
-            tensors = (t for t in (*state, *gradients) if isinstance(t, Tensor))
+            state = [value for each in self.optimizer.state.values() for value in each.values()]
+            gradients = [parameter.grad for parameter in self.model.parameters()]
+            tensors = [t for t in (*state, *gradients, *self._guests()) if isinstance(t, Tensor)]
             self._other.leave(on_device(self.device, tensors))
         super()._leave(keep_weights)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from roll_opd.configs.backends import SETTINGS, backend_settings
-from roll_opd.configs.backends.megatron import FAMILIES, MegatronSettings
+from roll_opd.configs.backends.megatron import FAMILIES, MegatronSettings, size_problems
 from roll_opd.configs.backends.vllm import VLLMSettings
 from roll_opd.configs.launch_checks import model_holders
 from roll_opd.configs.memory import find_model_config
@@ -113,39 +113,13 @@ def spreading(facts: Facts) -> Iterator[Finding]:
                 problem = f"Megatron-core runs {', '.join(FAMILIES)} here, and this model is {family!r}"
                 yield Finding("error", model_field(path), f"{problem}; use an fsdp2 strategy")
                 continue
-            problems = dict(_megatron(model, settings))
+            problems = dict(size_problems(model, settings))
         else:
             problems = dict(_vllm(model, settings))
         for key, problem in problems.items():
             yield Finding("error", f"{facts.block_of(path)}.strategy_args.strategy_config.{key}", problem)
         if not problems:
             yield Finding("ok", path, "the parallel sizes divide the model")
-
-
-def _megatron(model: Mapping[str, Any], settings: MegatronSettings) -> Iterator[tuple[str, str]]:
-    tensor, experts = settings.tensor_model_parallel_size, settings.expert_model_parallel_size
-    pipeline, parts = settings.pipeline_model_parallel_size, settings.virtual_pipeline_model_parallel_size or 1
-    # Every family that runs has these two.
-    heads, layers = int(model["num_attention_heads"]), int(model["num_hidden_layers"])
-    groups = int(model.get("num_key_value_heads") or heads)
-    if heads % tensor:
-        yield "tensor_model_parallel_size", f"{tensor} does not divide the model's {heads} attention heads"
-    elif groups % tensor and tensor % groups:
-        problem = f"{tensor} neither divides the model's {groups} key-value heads nor is a multiple of them"
-        yield "tensor_model_parallel_size", problem
-    if layers % pipeline:
-        yield "pipeline_model_parallel_size", f"{pipeline} does not divide the model's {layers} layers"
-    elif layers % (pipeline * parts):
-        problem = f"{parts} does not divide the {layers // pipeline} layers of a pipeline rank"
-        yield "virtual_pipeline_model_parallel_size", problem
-    count = int(model.get("num_experts") or 0)
-    if experts > 1 and not count:
-        yield "expert_model_parallel_size", f"is {experts}, and the model has no experts; remove it"
-    elif count % experts:
-        yield "expert_model_parallel_size", f"{experts} does not divide the model's {count} experts"
-    if count and tensor > 1 and not settings.sequence_parallel:
-        problem = "must be true for a mixture of experts with tensor_model_parallel_size above 1"
-        yield "sequence_parallel", f"{problem}: else each tensor-parallel rank would route every token"
 
 
 def _vllm(model: Mapping[str, Any], settings: VLLMSettings) -> Iterator[tuple[str, str]]:

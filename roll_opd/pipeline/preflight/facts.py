@@ -84,9 +84,9 @@ class Facts:
         return self.loaded.teacher_yaml_name(next(iter(self.config.teachers))) if path == BASE_MODEL else path
 
     def architecture(self, path: str) -> dict[str, Any] | None:
-        """The language model's part of ``config.json``; None where it is not on disk."""
+        """The language model's part of ``config.json``, as the run changes it; None where it is not on disk."""
         found = find_model_config(self.models[path].model_name_or_path)
-        return found and found.get("text_config", found)
+        return found and {**found.get("text_config", found), **self.models[path].model_config_kwargs}
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -178,6 +178,11 @@ def student_roles(facts: Facts) -> Iterator[Finding]:
             )
             return
     yield Finding("ok", model_field(names["actor_infer"]), f"the architecture of {names['actor_train']}")
+    given = {role: getattr(config, role).model_args.model_config_kwargs for role in ("actor_train", "actor_infer")}
+    if given["actor_train"] != given["actor_infer"]:
+        problem = f"not the one of {names['actor_train']}, so that trainer and generator may compute two models"
+        field = f"{names['actor_infer']}.model_args.model_config_kwargs"
+        yield Finding("warning", field, f"{problem}; give both roles the same")
 
 
 MODEL_CHECKS: tuple[Check[Facts], ...] = (

@@ -124,10 +124,14 @@ RULES = [
     (role(TRAIN, "megatron_train", recompute_method="block"), f"{TRAIN}.{CONFIG}.recompute_method", "remove it"),
     (role(TRAIN, "megatron_train", recompute_granularity="selective", recompute_num_layers=2),
      f"{TRAIN}.{CONFIG}.recompute_num_layers", "remove it"),
-    ({"student_train.use_dynamic_batching_in_train": True}, "student_train.max_tokens_per_microbatch_in_train", "set it"),
+    ({f"{TRAIN}.use_dynamic_batching_in_train": True}, f"{TRAIN}.max_tokens_per_microbatch_in_train", "set it"),
     ({"teacher.use_dynamic_batching_in_infer": True}, "teacher.max_tokens_per_microbatch_in_infer",
      "or use_dynamic_batching_in_infer: false"),
     (role(TEACHER, "vllm", sleep_level=2), f"{TEACHER}.{CONFIG}.sleep_level", "use 1"),
+    (role(INFER, "vllm", engine_args={"max_num_seqs": 4}), f"{INFER}.{CONFIG}.engine_args.max_num_seqs",
+     "is a setting of its own: write student_infer.strategy_args.strategy_config.max_num_seqs"),
+    ({"teacher": {"teacher_args": {**VIEW, "self_teacher": "live"}, ARGS: {
+        "strategy_name": "vllm", "strategy_config": {"sleep_level": 2}}}}, f"{TEACHER}.{CONFIG}.sleep_level", "use 1"),
     (role(TEACHER, "vllm", load_format="dummy"), f"{TEACHER}.{CONFIG}.load_format", "use auto"),
     ({"validation": {"teacher_accuracy": True}, **role(TEACHER, "remote", **SERVER)}, "validation.teacher_accuracy",
      "teacher runs on 'remote'; use hf_infer or vllm"),
@@ -139,10 +143,10 @@ RULES = [
     ({"teacher": {"teacher_args": {**VIEW, "self_teacher": kind}, "model_args": {"dtype": "fp32"},
                   ARGS: {"strategy_name": strategy, "strategy_config": settings}}}, STRATEGY, words)
     for kind, strategy, settings, words in (
-        ("ema", "vllm", {}, "use hf_infer"),
+        ("ema", "vllm", {}, "use hf_infer or fsdp2_infer"),
         ("ema", "remote", SERVER, "use hf_infer"),
         ("ema", "megatron_infer", {}, "use hf_infer"),
-        ("live", "remote", SERVER, "self_teacher: live asks; use hf_infer or vllm"),
+        ("live", "remote", SERVER, "self_teacher: live asks; use hf_infer, fsdp2_infer, megatron_infer or vllm"),
     )
 ]  # fmt: skip
 
@@ -185,6 +189,10 @@ def test_what_looks_wrong_is_mentioned(changes, words):
          "set lora_target too"),
         ({**role(TRAIN, "megatron_train", context_parallel_size=2), f"{TRAIN}.world_size": 2},
          f"{TRAIN}.{CONFIG}.context_parallel_size", "tensor_model_parallel_size and sequence_parallel"),
+        ({**role(TRAIN, "megatron_train", pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+          f"{TRAIN}.world_size": 2}, f"{TRAIN}.{CONFIG}.virtual_pipeline_model_parallel_size", "remove it"),
+        ({**role(INFER, "vllm", sleep_level=2), f"{INFER}.device_mapping": [0, 1], f"{TRAIN}.device_mapping": [1, 2]},
+         f"{INFER}.{CONFIG}.sleep_level", "whenever student_train takes the devices"),
         (role(INFER, "vllm", max_model_len=95), f"{INFER}.{CONFIG}.max_model_len",
          "95 is less than the 96 tokens of prompt_length + response_length; raise it"),
         ({**role(TEACHER, "vllm", max_model_len=159), "teacher.teacher_args": VIEW},
@@ -211,13 +219,6 @@ def test_a_critic_on_megatron_is_not_run_yet():
     changes = {"adv_estimator": "gae", **role("critic", "megatron_train")}
     (blocker,) = launch_blockers(load(changes, RL, "rlvr"))
     assert blocker.field == f"critic.{ARGS}.strategy_name" and "use fsdp2_train" in blocker.problem
-    # Nor does it learn adapters.
-    changes = {
-        "adv_estimator": "gae",
-        "critic.model_args": {"lora_target": "all-linear", "model_config_kwargs": {"x": 1}},
-    }
-    (blocker,) = launch_blockers(load(changes, RL, "rlvr"))
-    assert blocker.field == "critic.model_args.lora_target" and "use null" in blocker.problem
 
 
 @pytest.mark.parametrize(
@@ -242,11 +243,13 @@ def test_a_critic_on_megatron_is_not_run_yet():
         (PURE, role(TEACHER, "remote", **SERVER, api_key_env="KEY")),
         (PURE, {"validation": {"teacher_accuracy": True}, **role(TEACHER, "vllm")}),
         (PURE, {"teacher": {"teacher_args": {**VIEW, "self_teacher": "live"}, ARGS: {
-            "strategy_name": "vllm", "strategy_config": {"sleep_level": 2, "load_format": "dummy"}}}}),
+            "strategy_name": "vllm", "strategy_config": {"load_format": "dummy"}}}}),
+        (PURE, {**role(INFER, "vllm", sleep_level=2), f"{INFER}.device_mapping": [0], f"{TRAIN}.device_mapping": [1]}),
         (MIXED, role("actor_train", "megatron_train")),
         (RL, {"use_kl_loss": True, "kl_loss_coef": 0.1, **role("reference", "megatron_infer")}),
         # Of a critic that is not started nothing is asked.
         (RL, role("critic", "megatron_train", context_parallel_size=1)),
+        (RL, {"adv_estimator": "gae", "critic.model_args": {"lora_target": "all-linear", "additional_target": "norm"}}),
     ],
 )  # fmt: skip
 def test_what_runs(base, changes):

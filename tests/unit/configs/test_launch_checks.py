@@ -15,8 +15,17 @@ from config_samples import MIXED, PURE, REWARD, RL, changed
 
 import roll_opd
 from roll_opd import launcher
-from roll_opd.configs import AgenticConfig, RLVRConfig, build_config, launch_blockers, launch_warnings, load_config
+from roll_opd.configs import (
+    AgenticConfig,
+    RLVRConfig,
+    build_config,
+    launch_blockers,
+    launch_warnings,
+    load_config,
+    role_checks,
+)
 from roll_opd.configs import launch_checks as checks
+from roll_opd.configs.backends import SETTINGS
 from roll_opd.configs.builder import field_types
 
 OPD = "onpolicy_distill"
@@ -110,7 +119,7 @@ def test_not_refused(changes):
         (RL, {"critic": CRITIC, "adv_estimator": "gae", "value_clip": 0.2, "critic_warmup": 3}),
         (MIXED, {"critic": CRITIC, "adv_estimator": "gae"}),
         # Of a critic that is not started nothing is asked.
-        (RL, {"critic": {"model_args": {"lora_target": "all-linear"}}}),
+        (RL, {"critic": {"model_args": {"chat_template": "x"}}}),
         # Nor of a reference that nothing is compared with.
         (RL, {"reference": FOREIGN}),
         (RL, {"rewards": {"math": {**REWARD, "query_filter_config": {"type": "std_filter"}}}}),
@@ -125,8 +134,8 @@ def test_what_trains_on_rewards_is_not_refused(base, changes):
     [
         ({"critic": {"strategy_args": {"strategy_name": "megatron_train"}}, "adv_estimator": "gae"},
          ["critic.strategy_args.strategy_name"]),
-        ({"critic": {"model_args": {"lora_target": "all-linear"}}, "adv_estimator": "gae"},
-         ["critic.model_args.lora_target"]),
+        ({"critic": {"model_args": {"chat_template": "x"}}, "adv_estimator": "gae"},
+         ["critic.model_args.chat_template"]),
         ({"reference": FOREIGN, "use_kl_loss": True, "kl_loss_coef": 0.1},
          ["reference.worker_cls", "reference.model_args.lora_target",
           "reference.strategy_args.strategy_config.max_model_len"]),
@@ -220,12 +229,12 @@ READ_AT_LOAD = {
     "response_filter_config": "refused where rewards are trained on",
 }
 REFUSED = {
-    *(checks.NOT_YET + checks.NOT_YET_MODEL + checks.NOT_YET_GENERATING + checks.NOT_YET_WORKER),
+    *(checks.NOT_YET + role_checks.NOT_YET_MODEL + checks.NOT_YET_GENERATING + role_checks.NOT_YET_WORKER),
     *checks.NOT_YET_REWARD,
 }
 MENTIONED = {
-    *(checks.UNREAD_PIPELINE + checks.UNREAD_UNTRAINED + checks.UNREAD_UNSCORED + checks.UNREAD_DATA),
-    *(key.removeprefix("model_args.") for keys in checks.UNREAD_BY.values() for key in keys),
+    *(checks.UNREAD_PIPELINE + role_checks.UNREAD_UNTRAINED + role_checks.UNREAD_UNSCORED + checks.UNREAD_DATA),
+    *(key.removeprefix("model_args.") for keys in role_checks.UNREAD_BY.values() for key in keys),
 }
 REFUSED_WHOLE = ("AgenticConfig",)
 
@@ -244,7 +253,7 @@ def config_classes(cls=RLVRConfig):
 
 
 def all_fields():
-    classes = config_classes() | {AgenticConfig}
+    classes = config_classes() | {AgenticConfig, *SETTINGS.values()}
     assert len(classes) > 15
     return sorted({(cls.__name__, name) for cls in classes for name in field_types(cls)})
 
@@ -264,7 +273,9 @@ def test_no_setting_is_silently_ignored():
         for cls, name in all_fields()
         if name not in accounted and cls not in REFUSED_WHOLE and name not in only_agentic
     ]
-    assert ignored == [], "read it, or refuse it in launch_checks.py, or name it in a list there or here"
+    assert ignored == [], (
+        "read it, or refuse it in launch_checks.py or role_checks.py, or name it in a list there or here"
+    )
 
 
 def test_the_lists_name_fields():

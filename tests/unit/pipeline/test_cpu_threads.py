@@ -37,6 +37,13 @@ def test_processes_on_gpus_take_no_share_of_the_cpu_roles() -> None:
     assert cpu_threads(given, PHASES, 8)["teacher-a"] == 4
 
 
+def test_processes_on_gpus_share_the_cores_with_their_role_alone() -> None:
+    given = {"actor_infer": WorkerConfig(device_mapping=[0, 1], world_size=2), "teacher-a": WorkerConfig(world_size=2)}
+    assert cpu_threads(given, PHASES, 8) == {"actor_infer": 4, "teacher-a": 4}
+    many = {"actor_train": WorkerConfig(device_mapping=list(range(16)), world_size=16)}
+    assert cpu_threads(many, PHASES, 8) == {"actor_train": 1}
+
+
 def test_the_users_own_number_wins() -> None:
     given = {"actor_infer": WorkerConfig(cpu_threads=3), "teacher-a": WorkerConfig()}
     assert cpu_threads(given, PHASES, 8)["actor_infer"] == 3

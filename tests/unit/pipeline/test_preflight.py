@@ -204,6 +204,10 @@ def test_context_lengths(tmp_path: Path) -> None:
     look_at = model_checks.context_lengths
     error = only(look(tmp_path, "prompt_length=2040", "teacher.world_size=1", check=look_at)[:1], "error")
     assert error.field == "response_length" and "2056 tokens, but student_train reaches 2048" in error.message
+    longer = [
+        f"{r}.model_args.model_config_kwargs={{max_position_embeddings: 4096}}" for r in ("student_train", "teacher")
+    ]
+    assert {f.level for f in look(tmp_path, "prompt_length=2040", *longer, check=look_at)} == {"ok"}
     template = "teacher.teacher_args.context_template='{{ prompt }} {{ ground_truth }}'"
     told = only(look(tmp_path, template, "prompt_length=1020", check=look_at), "warning")  # 2 * 1020 + 16 > 2048
     assert told.field == "teacher.teacher_args.context_length" and "2032 at most" in told.message
@@ -267,6 +271,11 @@ def test_student_roles_differ(tmp_path: Path) -> None:
     other = f"student_infer.model_args.model_name_or_path={tmp_path / 'models' / 'teacher'}"
     error = only(look(tmp_path, other, check=model_checks.student_roles), "error")
     assert error.field == "student_infer.model_args.model_name_or_path" and "hidden_size" in error.message
+    rope = "student_infer.model_args.model_config_kwargs={max_position_embeddings: 4096}"
+    warning = only(look(tmp_path, rope, check=model_checks.student_roles), "warning")
+    assert warning.field == "student_infer.model_args.model_config_kwargs"
+    both = [rope, rope.replace("infer", "train")]
+    assert {f.level for f in look(tmp_path, *both, check=model_checks.student_roles)} == {"ok"}
     unknown = "student_infer.model_args.model_name_or_path=some/where"
     assert only(look(tmp_path, unknown, check=model_checks.student_roles), "skipped").message.startswith("architecture")
 
@@ -442,15 +451,21 @@ def test_whether_a_package_is_installed() -> None:
          "expert_model_parallel_size", "6 experts"),
         ({"model_type": "qwen3_moe", "num_experts": 6}, "megatron_infer", {"tensor_model_parallel_size": 2},
          "sequence_parallel", "must be true"),
+        ({"num_attention_heads": 7, "num_key_value_heads": 7}, "megatron_infer", {"tensor_model_parallel_size": 7},
+         "tensor_model_parallel_size", "rows of an MLP's matrix"),
+        ({"model_type": "qwen3_moe", "num_experts": 6, "moe_intermediate_size": 9}, "megatron_infer",
+         {"tensor_model_parallel_size": 2, "sequence_parallel": True}, "tensor_model_parallel_size", "the 9 rows"),
+        ({"model_type": "qwen3_moe", "num_experts": 6}, "megatron_infer", {"moe_token_dispatcher_type": "flex"},
+         "moe_token_dispatcher_type", "use alltoall"),
         ({}, "vllm", {"tensor_parallel_size": 3}, "tensor_parallel_size", "4 attention heads"),
     ],
 )  # fmt: skip
 def test_parallel_sizes_divide_the_model(
-    tmp_path: Path, model: dict[str, Any], strategy: str, settings: dict[str, int], field: str, words: str
+    tmp_path: Path, model: dict[str, Any], strategy: str, settings: dict[str, Any], field: str, words: str
 ) -> None:
     load(tmp_path)
     edit_json(tmp_path / "models" / "teacher" / "config.json", **model)
-    sizes = [SILENT, "teacher.world_size=12", backend("teacher", strategy, **settings)]
+    sizes = [SILENT, "teacher.world_size=84", backend("teacher", strategy, **settings)]
     findings = look(tmp_path, *sizes, check=engine_checks.spreading)
     error = only(findings, "error")
     assert error.field == f"teacher.strategy_args.strategy_config.{field}" and words in error.message

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from roll_opd.configs.model_args import ModelArguments
+from roll_opd.configs.strategy_args import StrategyArguments
+from roll_opd.configs.training_args import TrainingArguments
 from roll_opd.configs.worker_config import WorkerConfig
 from roll_opd.distributed.strategy.base import ScoreRequest
 from roll_opd.distributed.strategy.hf import HFStrategy
 from roll_opd.distributed.strategy.tokenizer import Vocabulary, vocabulary_of
-from roll_opd.trajectory import TrajectoryId
+from roll_opd.trajectory import Trajectory, TrajectoryId
 
 VOCAB = 305
 
@@ -74,3 +78,52 @@ def sequences() -> list[ScoreRequest]:
         tokens = rng.integers(3, VOCAB, length).astype(np.int32)
         requests.append(ScoreRequest(TrajectoryId(i, 0), tokens, mask))
     return requests
+
+
+# ---- FSDP2 with one rank, in this process --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def fsdp2_config() -> Callable[..., WorkerConfig]:
+    """A trainer's or scorer's settings; what is not named is settled so that a step can be compared exactly."""
+
+    def make(path: str, *, model: dict[str, Any] | None = None, fsdp2: dict[str, Any] | None = None,
+             training: dict[str, Any] | None = None, **worker: Any) -> WorkerConfig:  # fmt: skip
+        steady = {"lr_scheduler_type": "constant", "learning_rate": 1e-2, "per_device_train_batch_size": 3}
+        return WorkerConfig(
+            model_args=ModelArguments(
+                path, **({"dtype": "fp32", "disable_gradient_checkpointing": True} | (model or {}))
+            ),
+            training_args=TrainingArguments(**(steady | (training or {}))),
+            strategy_args=StrategyArguments("fsdp2_train", fsdp2 or {}),
+            **worker,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained_items(sequences) -> list[Trajectory]:
+    """The sequences with random advantages; old log-probabilities are to be added."""
+    rng = np.random.default_rng(5)
+    return [
+        Trajectory(
+            id=s.id,
+            tag="",
+            tokens=s.tokens,
+            response_mask=s.response_mask,
+            infer_logprobs=np.zeros(len(s.tokens), np.float32),
+            weight_version=np.zeros(len(s.tokens), np.int32),
+            old_logprobs=np.full(len(s.tokens), -5.0, np.float32),
+            advantages=rng.normal(size=len(s.tokens)).astype(np.float32),
+            policy_weights=np.full(len(s.tokens), 0.5, np.float32),
+        )
+        for s in sequences
+    ]

@@ -12,7 +12,7 @@ import torch
 
 from roll_opd.algorithms.support import tail_logprob
 from roll_opd.distributed.strategy.base import ScoreRequest, ScoreWant
-from roll_opd.distributed.strategy.prompt_logprobs import TAIL_FLOOR, check_want, padding_mass, score_result
+from roll_opd.distributed.strategy.prompt_logprobs import check_want, padding_mass, score_result
 from roll_opd.errors import ModelError
 from roll_opd.trajectory import TrajectoryId
 
@@ -149,7 +149,7 @@ def test_scores_of_a_softmax_equal_those_of_the_whole_row():
 def test_a_tail_is_never_below_the_floor():
     probs = [[1 - 1e-9, 1e-9, 0, 0], [0, 0, 1.0, 0]]
     details = score_result(request(), answer(probs, 2), ScoreWant(top_k=2), vocab_size=4).details
-    np.testing.assert_allclose(np.exp(details.tail), [TAIL_FLOOR, TAIL_FLOOR], rtol=1e-6)
+    np.testing.assert_allclose(np.exp(details.tail), [1e-6, 1e-6], rtol=1e-6)
     assert details.ids.tolist() == [[0, 1], [2, -1]], "an id of probability 0 is in no set"
 
 

@@ -336,10 +336,12 @@ def test_an_answer_in_drops_ends_at_the_deadline(connect, server):
         handler.send_response(200)
         handler.send_header("Content-Length", "100000")
         handler.end_headers()
-        while not stop.wait(0.05):
+        for _ in range(100):
             try:
                 handler.wfile.write(b" ")
             except OSError:
+                break
+            if stop.wait(0.05):
                 break
         handler.close_connection = True
 

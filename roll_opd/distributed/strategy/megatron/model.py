@@ -480,9 +480,8 @@ def transformer_config(
         pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=settings.virtual_pipeline_model_parallel_size,
         sequence_parallel=settings.sequence_parallel,
-        # Rows differ in length, and each is sent alone, which needs no wait for the device.
+        # Rows differ in length.
         variable_seq_lengths=True,
-        batch_p2p_comm=False,
         moe_token_dispatcher_type="alltoall",
         # A loss is a sum with weights of its own: nothing is to be divided by what Megatron-core counts.
         calculate_per_token_loss=True,

@@ -56,6 +56,7 @@ class _Stream:
 def _install() -> None:
     """Patch functions that a :class:`TorchFunctionMode` does not see; once a process, and for good."""
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
 
     cpu, stream = torch.device("cpu"), _Stream()
     cuda: Any = torch.cuda
@@ -63,10 +64,13 @@ def _install() -> None:
     cuda.current_device = lambda: cpu
     # Pipeline communication and the optimizer wait for it.
     cuda.synchronize = lambda *_: None
-    # The all-to-all of experts copies token counts on a stream of its own.
+    # The all-to-all of experts copies token counts on a stream of its own, and turns into numbers only what it copied.
     cuda.Stream = _Stream
     cuda.current_stream = lambda *_: stream
     cuda.stream = contextlib.nullcontext
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, **_: (
+        tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+    )
     # Dropout and initialisation draw from tracked CUDA generators, and recomputation restores them. Our models have no
     # dropout and are loaded, not initialised: there is nothing to draw.
     random.CudaRNGStatesTracker.fork = lambda *_: contextlib.nullcontext()  # type: ignore[method-assign]

@@ -1,10 +1,10 @@
-"""``megatron_train`` and ``megatron_infer``: a model over tensor-, pipeline- and data-parallel ranks, on packed rows."""
+"""``megatron_train`` and ``megatron_infer``: a model over tensor-, pipeline- and data-parallel ranks."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,11 @@ class _MegatronModel:
     def answers(self) -> bool:
         """Whether this rank's results count; see :class:`~roll_opd.distributed.layout.Layout`."""
         return self.last is not None and parallel_state.get_tensor_model_parallel_rank() == 0
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Yield this rank's parameters, detached."""
+        for chunk in self.chunks:
+            yield from (parameter.data for parameter in chunk.parameters())
 
     def score(self, requests: Sequence[ScoreRequest], want: ScoreWant) -> list[ScoreResult]:
         """Score ``requests``; ranks that do not answer return nothing."""
@@ -150,7 +155,7 @@ class MegatronTrainStrategy:
             total_updates=total_updates,
         )
         self._teacher_heads: dict[str, Head] = {}
-        self._weights, self._state = Residence(), Residence()
+        self._weights, self._other = Residence(), Residence()
 
     # ---- scoring -------------------------------------------------------------------------------------------------
 
@@ -214,25 +219,27 @@ class MegatronTrainStrategy:
         """Read what :meth:`save` wrote, in the same layout of ranks."""
         self.trainer.load(folder)
 
-    # ---- device --------------------------------------------------------------------------------------------------
+    # ---- residence -----------------------------------------------------------------------------------------------
 
     def offload(self, keep_weights: bool = False) -> None:
-        """See :class:`~roll_opd.distributed.strategy.base.Resident`."""
-        if self.device.type == "cpu":
-            return
-        weights = [p.data for chunk in self.model.chunks for p in chunk.parameters()]
-        if not self._state.away:
-            heads = [t for h in self._teacher_heads.values() for t in (h.weight_VH, h.bias_V) if t is not None]
-            self._state.leave([*self.trainer.state_beside(weights), *heads], self.trainer.gradient_buffers())
-        if not keep_weights and not self._weights.away:
-            self._weights.leave(weights)
-        torch.cuda.empty_cache()
+        """See :class:`~roll_opd.distributed.strategy.base.Resident`; on a CPU nothing moves."""
+        if self.device.type == "cuda":
+            self._leave(keep_weights)
+            torch.cuda.empty_cache()
 
     def onload(self, weights_only: bool = False) -> None:
         """See :class:`~roll_opd.distributed.strategy.base.Resident`."""
         self._weights.come_back()
         if not weights_only:
-            self._state.come_back()
+            self._other.come_back()
+
+    def _leave(self, keep_weights: bool) -> None:
+        if not self._other.away:
+            heads = (t for h in self._teacher_heads.values() for t in (h.weight_VH, h.bias_V) if t is not None)
+            own = _not_views_of(self.model.parameters(), [*self.trainer.optimizer_state(), *heads])
+            self._other.leave(own, self.trainer.gradient_buffers())
+        if not keep_weights and not self._weights.away:
+            self._weights.leave(self.model.parameters())
 
 
 class MegatronInferStrategy:
@@ -276,7 +283,7 @@ class MegatronInferStrategy:
     def load_model(self, folder: str) -> None:
         """See :class:`~roll_opd.distributed.strategy.base.ScoreStrategy`; the layout of ranks may differ."""
         with disk_errors("resume_from_checkpoint", f"cannot read {folder}"):
-            self.model.bridge.read(self.model.chunks, folder)
+            self.model.bridge.read(self.model.chunks, folder, "resume_from_checkpoint")
 
     def weight_dtype(self) -> str:
         """The dtype in which weights should be sent here, as torch names it."""
@@ -288,13 +295,11 @@ class MegatronInferStrategy:
 
     def load_weights(self, bucket: WeightBucket) -> dict[str, int]:
         """Take over this rank's part of the tensors of ``bucket``; return the checksums that its sender gave."""
-        tied = {alias for names in self.model.bridge.aliases.values() for alias in names}
-        for name, dtype, shape, raw in bucket.tensors:
-            self._received.append(name)
-            # A tied weight comes under each of its names, but must be mixed once.
-            if name not in tied:
-                tensor = tensor_of(RawTensor(dtype, shape, raw), self.device)
-                self.model.bridge.put(self.model.chunks, name, tensor, self._mix)
+        self._received += [name for name, *_ in bucket.tensors]
+        tensors = (
+            (name, tensor_of(RawTensor(dtype, shape, raw), self.device)) for name, dtype, shape, raw in bucket.tensors
+        )
+        self.model.bridge.put(self.model.chunks, tensors, self._mix)
         return dict(bucket.checksums)
 
     def finish_weight_update(self, version: int) -> Mapping[str, int]:
@@ -308,18 +313,23 @@ class MegatronInferStrategy:
         dist.broadcast(sums, 0)
         return held or dict(zip(self._received, sums.tolist(), strict=True))
 
-    # ---- device --------------------------------------------------------------------------------------------------
+    # ---- residence -----------------------------------------------------------------------------------------------
 
     def offload(self, keep_weights: bool = False) -> None:
         """See :class:`~roll_opd.distributed.strategy.base.Resident`; a scorer has nothing but weights."""
-        if self.device.type == "cpu" or keep_weights or self._residence.away:
-            return
-        self._residence.leave(p.data for chunk in self.model.chunks for p in chunk.parameters())
-        torch.cuda.empty_cache()
+        if self.device.type == "cuda" and not keep_weights and not self._residence.away:
+            self._residence.leave(self.model.parameters())
+            torch.cuda.empty_cache()
 
     def onload(self, weights_only: bool = False) -> None:
         """See :class:`~roll_opd.distributed.strategy.base.Resident`."""
         self._residence.come_back()
+
+
+def _not_views_of(bases: Iterable[Tensor], tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those of ``tensors`` that do not lie in the memory of ``bases``; fp32 weights are the optimizer's own."""
+    memory = {base.untyped_storage().data_ptr() for base in bases}
+    return [tensor for tensor in tensors if tensor.untyped_storage().data_ptr() not in memory]
 
 
 def _send_on(chunk: MegatronChunk, tokens: list[IntArray], masks: list[BoolArray]) -> tuple[Tensor, None]:

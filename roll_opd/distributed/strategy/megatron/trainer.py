@@ -1,4 +1,4 @@
-"""What Megatron-core does in training, whatever the model computes: pipeline schedules, gradient buffers, the optimizer.
+"""What Megatron-core does in training, whatever the model computes: schedules, gradient buffers, the optimizer.
 
 Three things differ from Megatron's own training loop:
 
@@ -278,11 +278,10 @@ class MegatronTrainer:
     def optimizer_state(self) -> Iterator[Tensor]:
         """Yield the optimizer's parameters, which may be the model's, and their moments."""
         for part in self._parts:
-            for parameter in part.get_parameters():
-                yield parameter.data
+            yield from (parameter.data for parameter in part.get_parameters())
             for moments in part.optimizer.state.values():
                 # Torch keeps the number of steps on the CPU.
-                yield from (m for m in moments.values() if isinstance(m, Tensor) and m.device == parameter.device)
+                yield from (m for m in moments.values() if isinstance(m, Tensor) and m.device.type == self.device.type)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 

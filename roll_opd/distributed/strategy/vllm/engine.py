@@ -81,7 +81,7 @@ def engine_arguments(
     Raises:
         ConfigError: ``engine_args`` repeats something that is decided elsewhere, or a setting cannot work here.
     """
-    model = config.model_args
+    model, where = config.model_args, f"{role}.strategy_args.strategy_config"
     arguments: dict[str, Any] = {
         "model": model.model_name_or_path,
         "dtype": DTYPES[model.dtype],
@@ -104,14 +104,6 @@ def engine_arguments(
     if settings.tensor_parallel_size * settings.pipeline_parallel_size > 1:
         # Left to itself, vLLM takes Ray where it finds itself in a Ray actor, and asks it for GPUs that are ours.
         arguments["distributed_executor_backend"] = "mp"
-    chunked = settings.enable_chunked_prefill
-    if device.type == "cpu" and generates:
-        # A request with a seed of its own whose prompt is computed in parts ends vLLM's CPU engine ("CPU Generator does
-        # not use offset").
-        if chunked:
-            field = f"{role}.strategy_args.strategy_config.enable_chunked_prefill"
-            raise ConfigError(field, "vLLM cannot sample with seeds from prompts that it cuts, without CUDA; remove it")
-        chunked = False
     if device.type == "cuda":
         arguments |= {"gpu_memory_utilization": settings.gpu_memory_utilization, "enable_sleep_mode": True}
     optional = {
@@ -119,14 +111,29 @@ def engine_arguments(
         "max_num_seqs": settings.max_num_seqs,
         "max_num_batched_tokens": settings.max_num_batched_tokens,
         "block_size": settings.block_size,
-        "enable_chunked_prefill": chunked,
+        "enable_chunked_prefill": settings.enable_chunked_prefill,
     }
+    if device.type == "cpu":
+        optional |= _without_cuda(where, settings, generates)
     arguments |= {name: value for name, value in optional.items() if value is not None}
     for name in settings.engine_args:
         if name in arguments:
-            field = f"{role}.strategy_args.strategy_config.engine_args.{name}"
-            raise ConfigError(field, f"is {arguments[name]!r} already, from another setting or by necessity; remove it")
+            problem = f"is {arguments[name]!r} already, from another setting or by necessity; remove it"
+            raise ConfigError(f"{where}.engine_args.{name}", problem)
     return arguments | settings.engine_args
+
+
+def _without_cuda(where: str, settings: VLLMSettings, generates: bool) -> dict[str, Any]:
+    """Arguments that keep vLLM's CPU engine from what ends it."""
+    if settings.pipeline_parallel_size > 1:
+        raise ConfigError(f"{where}.pipeline_parallel_size", "vLLM has no pipelines without CUDA; use 1")
+    if not generates:
+        return {}
+    # It cannot set the generator of a request back after computing a part of its prompt.
+    if settings.enable_chunked_prefill:
+        problem = "without CUDA, vLLM dies of prompts that are cut where requests have seeds, as ours do; use false"
+        raise ConfigError(f"{where}.enable_chunked_prefill", problem)
+    return {"enable_chunked_prefill": False}
 
 
 class Engine:

@@ -170,7 +170,7 @@ class VLLMStrategy:
             logprobs=response.ranks,
             # Whether a token ends the response, the tokenizer's facts decide and not the checkpoint's.
             ignore_eos=True,
-            stop_token_ids=list(self.vocabulary.stop_ids),
+            stop_token_ids=[i for i in self.vocabulary.stop_ids if i < self.vocabulary.size],
         )
         async with aclosing(steps):
             async for step in steps:
