@@ -45,8 +45,8 @@ PIECES = (" up", " down", "answer")
 UNSORTED_SHARE = 0.5
 HINTED_SHARE = 0.2
 
-TEACHER_SHAPE = {"hidden_size": 64, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate_size": 160}
-STUDENT_SHAPE = {"hidden_size": 96, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate_size": 256}
+TEACHER_SHAPE = {"hidden_size": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "intermediate_size": 160}
+STUDENT_SHAPE = {"hidden_size": 96, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 24, "intermediate_size": 256}
 TEACHER_STEPS = 600
 STUDENT_STEPS = 1400
 

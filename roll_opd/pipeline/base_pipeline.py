@@ -62,6 +62,8 @@ class BasePipeline(ABC):
         self.next_draw = 0
         self.findings: list[Finding] = []
         self._rewards_in_time = True
+        # Teachers' output projections that the trainer does not have yet, by teacher.
+        self._new_heads: dict[str, Any] = {}
         self._resume_from: Path | None = None
 
     # ---- what a subclass provides --------------------------------------------------------------------------------
@@ -190,18 +192,21 @@ class BasePipeline(ABC):
             mix = 1.0 - teacher.teacher_args.ema_decay if teacher.teacher_args.self_teacher == "ema" else 1.0
             target = self.clusters.scorers[name]
             self.weight_syncs[TEACHER_ROLE + name] = WeightSync(self.clusters.train, target, bucket, mix)
-        self._send_teacher_heads(self.config.teachers)
+        self._ask_for_heads(name for name in self.config.teachers if name not in self.moving)
         self.stream = self.build_stream(self.clusters)
         stack.callback(self.stream.close)
         size = self.config.rollout_batch_size
         self.stream.start(self.prompt_of, size, self.next_draw, self.step, self.config.max_steps)
 
-    def _send_teacher_heads(self, names: Iterable[str]) -> None:
-        """Give the trainer the output projections that turn teachers' hidden states into distributions."""
+    def _ask_for_heads(self, names: Iterable[str]) -> None:
+        """Have teachers give their output projections, which turn their hidden states into distributions."""
         divergence = self.student.loss.divergence
         if divergence is not None and divergence.support == "full":
             for name in names:
-                self.student.set_teacher_head(name, self.clusters.scorers[name].workers[0].head.remote())
+                self.clusters.turns.take(TEACHER_ROLE + name, weights_only=True)
+                replica = self.clusters.scorers[name].replicas[0]
+                heads = [worker.head.remote() for worker in replica.workers]
+                self._new_heads[name] = heads[replica.layout.answers[0]]
 
     def sync_weights(self) -> None:
         """Give the generator, and teachers that follow the student, this step's weights; then rollout may begin."""
@@ -210,7 +215,7 @@ class BasePipeline(ABC):
                 if sync.version != self.step:
                     self.clusters.turns.take("actor_train", role, weights_only=True)
                     sync.sync(self.step)
-            self._send_teacher_heads(self.moving)
+                    self._ask_for_heads(name for name in self.moving if TEACHER_ROLE + name == role)
 
     def _revive(self, worker: Any) -> None:
         """Bring a worker of the generator back whose engine has died while it sampled."""
@@ -267,6 +272,10 @@ class BasePipeline(ABC):
                 if self.step < self.config.critic_warmup:
                     return metrics
             self.clusters.turns.take("actor_train")
+            # Not before its turn: they lie on its devices.
+            for name, head in self._new_heads.items():
+                self.student.set_teacher_head(name, head)
+            self._new_heads = {}
             return metrics | self.student.train(trajectories)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
@@ -290,7 +299,8 @@ class BasePipeline(ABC):
             for name in self.moving:
                 turns.take(TEACHER_ROLE + name)
                 cluster = self.clusters.scorers[name]
-                cluster.wait(cluster.workers[0].save_model.remote(str(folder / f"teacher-{name}")), "save_model")
+                holders = cluster.replicas[0].workers
+                cluster.wait([w.save_model.remote(str(folder / f"teacher-{name}")) for w in holders], "save_model")
             (folder / CONFIG_FILE).write_text(config_for_checkpoint_json(self.config))
 
         with self.report.phase("checkpoint"):

@@ -59,7 +59,6 @@ def micro_batches(
         [[share[i] for i in row] for row in rows_by_length(each, limits, at_least=most)]
         for share, each in zip(shares, lengths, strict=True)
     ]
-    most = max(len(rows) for rows in ranks)
     shortest = min(mini_batch, key=len)
     for rows in ranks:
         rows.extend([TrainItem(shortest, 0.0)] for _ in range(most - len(rows)))

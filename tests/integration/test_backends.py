@@ -8,13 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -118,41 +111,7 @@ def scorer_config(backend: str) -> TeacherConfig:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A vLLM server of somebody else's, with the teacher's model."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "server.log"
-    environment = os.environ | {
-        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODELS / "teacher")]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", str(LONGEST), "--max-logprobs", "32"]
-    with log.open("w") as sink:
-        process = subprocess.Popen(
-            command, stdout=sink, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-            try:
-                with urllib.request.urlopen(f"{url}/health", timeout=2):
-                    break
-            except OSError:
-                time.sleep(0.5)
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
-
-
-@pytest.fixture(scope="module")
-def teacher_logprobs(start, server) -> dict[str, list[np.ndarray]]:
+def teacher_logprobs(start, vllm_server) -> dict[str, list[np.ndarray]]:
     """Each scoring backend's log-probabilities of the same tokens, asked through the pool as in a run."""
     from roll_opd.pipeline.teacher_pool import TeacherPool
     from roll_opd.pipeline.workers import InferWorker
@@ -161,8 +120,8 @@ def teacher_logprobs(start, server) -> dict[str, list[np.ndarray]]:
     for backend in SCORERS:
         config = scorer_config(backend)
         if backend == "remote":
-            strategy = StrategyArguments("remote", {"base_url": server})
-            config = dataclasses.replace(config, strategy_args=strategy)
+            strategy = StrategyArguments("remote", {"base_url": vllm_server.url, "api_key_env": "TEACHER_KEY"})
+            config = dataclasses.replace(config, strategy_args=strategy, system_envs={"TEACHER_KEY": vllm_server.key})
         cluster = start("teacher", InferWorker, config)
         if cluster.is_sharded:
             cluster.connect_ranks()

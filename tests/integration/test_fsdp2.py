@@ -231,11 +231,29 @@ def test_a_checkpoint_goes_on_with_any_number_of_ranks(
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", ["tied", "untied"])
-def test_each_rank_reads_its_rows_and_no_more(torch_ranks, tiny_models, random_model, which: str) -> None:
-    from safetensors.torch import load_file
+SMALL = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
 
-    path = tiny_models.student if which == "tied" else random_model
+
+def saved(folder: Path, model_cls: Any, config: Any) -> str:
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model_cls(config).float().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("which", ["tied", "odd numbers of rows"])
+def test_each_rank_reads_its_rows_and_no_more(torch_ranks, tiny_models, tmp_path: Path, which: str) -> None:
+    from safetensors.torch import load_file
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    path = tiny_models.student
+    if which != "tied":
+        path = saved(tmp_path, Qwen3ForCausalLM, Qwen3Config(**SMALL, vocab_size=307, intermediate_size=45))
     files = load_file(Path(path) / "model.safetensors")
     answers = torch_ranks.run(2, read, path)
     for held, largest in answers:
@@ -249,19 +267,13 @@ def test_each_rank_reads_its_rows_and_no_more(torch_ranks, tiny_models, random_m
 
 
 def test_what_must_be_converted_comes_from_rank_0(torch_ranks, tmp_path: Path, items) -> None:
-    import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    config = Qwen3MoeConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=3, num_experts_per_tok=2,
-        initializer_range=0.3, bos_token_id=None, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        Qwen3MoeForCausalLM(config).float().save_pretrained(tmp_path)
-    (alone,) = torch_ranks.run(1, train, str(tmp_path), {}, items, 1)
-    first, second = torch_ranks.run(2, train, str(tmp_path), {}, items, 1)
+    experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = Qwen3MoeConfig(**SMALL, **experts, vocab_size=320, intermediate_size=48)
+    path = saved(tmp_path, Qwen3MoeForCausalLM, config)
+    (alone,) = torch_ranks.run(1, train, path, {}, items, 1)
+    first, second = torch_ranks.run(2, train, path, {}, items, 1)
     for ours, theirs in zip(undealt([first.scores, second.scores]), alone.scores, strict=True):
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=2e-5)
     assert first.metrics[0]["grad_norm"] == pytest.approx(alone.metrics[0]["grad_norm"], rel=1e-6)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -373,7 +375,8 @@ def test_checkpoint_of_another_layout_is_refused(train, tiny_models, tmp_path: P
     assert len(refused) == 2
     assert "LaunchError" in refused[0]
     assert "was written with tensor_model_parallel_size 2, but it is 1 now" in refused[0]
-    (tmp_path / "rank1.pt").unlink()
+    for damaged in tmp_path.iterdir():
+        damaged.write_bytes(damaged.read_bytes()[:100])
     refused = train(run_of(tiny_models.student, TP, load=str(tmp_path))).refused
     assert "resume_from_checkpoint: cannot read" in refused[0]
 
@@ -404,3 +407,99 @@ def test_export_is_a_checkpoint_of_transformers(train, models, tmp_path: Path, n
     assert parts.keys() == trained.weights.keys()
     for name, weight in trained.weights.items():
         np.testing.assert_array_equal(parts[name].numpy(), weight, err_msg=name)
+
+
+# ---- scoring alone ---------------------------------------------------------------------------------------------------
+
+
+def score_job(model: str, layout: Layout, requests: list[Any], wants: list[Any], buckets: list[Any]) -> Any:
+    """On one rank: score, take over weights in halves, score again; with what the head is, and what is held then."""
+    import torch
+    import torch.distributed as dist
+
+    from roll_opd.distributed.layout import layout_of
+    from roll_opd.distributed.strategy.factory import build_infer_strategy
+    from roll_opd.distributed.strategy.tokenizer import Vocabulary
+    from roll_opd.pipeline.batching import rank_shares
+
+    name = "hf_infer" if layout.settings is None else "megatron_infer"
+    config = WorkerConfig(
+        model_args=ModelArguments(model, dtype="fp32"),
+        strategy_args=StrategyArguments(name, dict(layout.settings or {})),
+        world_size=layout.ranks,
+        infer_batch_size=3,
+    )
+    strategy: Any = build_infer_strategy(
+        "teacher", config, Vocabulary(VOCAB, (2,), str), torch.device("cpu"), generates=False, max_length=128
+    )
+    shares = layout_of(config)
+    mine = rank_shares(requests, shares.dp_size)[shares.dp_ranks[dist.get_rank()]]
+    head = copy.deepcopy(strategy.head())  # its bytes may be those of a parameter
+    scores = [strategy.score(mine, want) for want in wants]
+    strategy.begin_weight_update(1, 0.5)
+    sent: dict[str, int] = {}
+    for bucket in buckets:
+        sent |= strategy.load_weights(bucket)
+    held = strategy.finish_weight_update(1)
+    assert held.keys() == sent.keys() and strategy.weight_dtype() == "float32"
+    scores.append(strategy.score(mine))
+    assert all(bool(results) == (dist.get_rank() in shares.answers) for results in scores)
+    return head, scores, dict(held)
+
+
+def new_weights(model: str, whole_experts: bool) -> list[Any]:
+    """A random weight for each tensor of a model, in two buckets, as transformers names them or as its files do."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from roll_opd.distributed.strategy.weight_export import weight_buckets
+
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    random = torch.Generator().manual_seed(6)
+    tensors = [
+        (n, 0.2 * torch.randn(p.shape, generator=random)) for n, p in sorted(lm.named_parameters(), key=lambda x: x[0])
+    ]
+    if not whole_experts:
+        tensors = [pair for name, tensor in tensors for pair in apart(name, tensor)]
+    aliases = {"model.embed_tokens.weight": ["lm_head.weight"]} if lm.config.tie_word_embeddings else {}
+    return list(weight_buckets(tensors, aliases, None, sum(t.nbytes for _, t in tensors) // 2))
+
+
+@pytest.mark.parametrize(("name", "layout"), [("tied", SP), ("untied", PP), ("experts", DP)])
+def test_scores_alone_and_follows_weights(torch_ranks, models, name: str, layout: Layout) -> None:
+    """Every kind of score, before and after half a step towards other weights, as one process of transformers gives."""
+    from roll_opd.distributed.strategy.base import SAMPLED_ONLY, ScoreRequest, ScoreWant
+
+    random = np.random.default_rng(2)
+    requests = [
+        ScoreRequest(
+            t.id, t.tokens, t.response_mask, random.integers(0, VOCAB, (t.response_length, 3)).astype(np.int32)
+        )
+        for t in trajectories(7)
+    ]
+    wants = [SAMPLED_ONLY, ScoreWant(top_k=4), ScoreWant(2, given=True), ScoreWant(hidden=True)]
+    job_of = (models[name], FSDP2, requests, wants, new_weights(models[name], whole_experts=True))
+    [(head, expected, sums)] = torch_ranks.run(1, score_job, *job_of)
+    job_of = (models[name], layout, requests, wants, new_weights(models[name], whole_experts=False))
+    ranks = torch_ranks.run(layout.ranks, score_job, *job_of)
+
+    assert [held == ranks[0][2] for _, _, held in ranks] == [True, True]
+    if name != "experts":  # those have other names
+        assert ranks[0][2].keys() == sums.keys()
+    heads = [found for found, _, _ in ranks if found.weight.shape[0]]
+    assert heads and all((found.weight.raw == head.weight.raw).all() for found in heads)
+    results = [{r.id: r for _, scores, _ in ranks for r in scores[i]} for i in range(len(wants) + 1)]
+    for ours, theirs in zip(results, expected, strict=True):
+        assert len(ours) == len(theirs) == len(requests)
+        for want in theirs:
+            got = ours[want.id]
+            assert got.checksum == want.checksum
+            np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-4)
+            if want.entropies is not None:
+                np.testing.assert_allclose(got.entropies, want.entropies, atol=1e-4)
+            if isinstance(want.details, RawTensor):
+                np.testing.assert_allclose(got.details.raw.view("f4"), want.details.raw.view("f4"), atol=1e-4)
+            elif want.details is not None:
+                np.testing.assert_array_equal(got.details.ids, want.details.ids)
+                np.testing.assert_allclose(got.details.logprobs, want.details.logprobs, atol=1e-4)
+                np.testing.assert_allclose(got.details.tail, want.details.tail, atol=1e-3)

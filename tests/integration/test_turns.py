@@ -105,6 +105,18 @@ class SpiedInfer(Spied, InferWorker):
         self.note(f"score {self.weights()}")
         return await super().score(requests)
 
+    async def score_with_details(self, requests, want):
+        self.note(f"score {self.weights()}")
+        return await super().score_with_details(requests, want)
+
+    async def head(self):
+        self.note("head")
+        return await super().head()
+
+    async def save_model(self, folder) -> None:
+        self.note("save")
+        await super().save_model(folder)
+
 
 class SpiedTrain(Spied, TrainWorker):
     def __init__(self, spec) -> None:
@@ -126,6 +138,10 @@ class SpiedTrain(Spied, TrainWorker):
     def score(self, requests):
         self.note("score")
         return super().score(requests)
+
+    def set_teacher_head(self, teacher, head) -> None:
+        self.note(f"heads {teacher}")
+        super().set_teacher_head(teacher, head)
 
     def train_step(self, micro_batches, loss):
         self.note("train")
@@ -206,8 +222,8 @@ def apart(turns_run) -> Run:
 def check_nobody_is_disturbed(run: Run, sharing: list[set[str]]) -> None:
     """Whoever works is on its devices, and whoever shares them with it is not."""
     there = {role: "all" for roles in sharing for role in roles}
-    needs = {"update": ("all", "weights"), "export": ("all", "weights")}
-    needs |= dict.fromkeys(("generate", "score", "train", "save"), ("all",))
+    needs = dict.fromkeys(("update", "export", "head"), ("all", "weights"))
+    needs |= dict.fromkeys(("generate", "score", "train", "save", "heads"), ("all",))
     for event in run.events:
         others = {role for roles in sharing if event.role in roles for role in roles - {event.role}}
         if event.what in ("leaves", "comes", "leaves but weights", "comes with weights"):
@@ -260,7 +276,7 @@ def test_updates_of_the_student_never_touch_a_teacher(apart) -> None:
 
 def test_teachers_that_stay_and_teachers_that_share(turns_run) -> None:
     """One teacher has a device of its own; one shares a device with a moving average of the student, and the student's
-    roles share theirs. With the probe, validation and teachers that generate.
+    roles share theirs. With the probe, validation, teachers that generate, and teachers' heads for the trainer.
     """
     alone = {
         "model_args.model_name_or_path": "${model_dir}/teacher_up",
@@ -276,6 +292,8 @@ def test_teachers_that_stay_and_teachers_that_share(turns_run) -> None:
         validation__max_prompts=4,
         validation__teacher_accuracy=True,
         system_envs__HOLDS_LAST=1,
+        opd_args__objective="direct",
+        opd_args__support="full",
         teacher__down__model_args__model_name_or_path="${model_dir}/student",
         teacher__down__teacher_args__self_teacher="ema",
         teacher__down__teacher_args__context_template="{{ prompt }} (answer {{ ground_truth }})",
@@ -287,6 +305,10 @@ def test_teachers_that_stay_and_teachers_that_share(turns_run) -> None:
     assert held["up"] == held["alone"] and len(held["up"]) == 1
     assert len(held["down"]) == 2 and not held["down"] & held["up"]
     assert [event.detail for event in run.of("teacher-down", "update")] == ["0", "1"]
+    # The one that moves is asked again after each update, and is saved.
+    assert len(run.of("teacher-down", "head")) == 2 and len(run.of("teacher-up", "head")) == 1
+    assert {event.detail for event in run.of("actor_train", "heads")} == {"up", "down", "alone"}
+    assert len(run.of("teacher-down", "save")) == 1
 
 
 def test_a_worker_that_dies_while_it_is_away(turns_run, address, tmp_path) -> None:

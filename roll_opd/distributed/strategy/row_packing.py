@@ -70,7 +70,8 @@ def rows_by_length(lengths: Sequence[int], limits: RowLimits, at_least: int = 1)
     Args:
         lengths: tokens of each sequence.
         limits: of a row.
-        at_least: make this many balanced rows, as far as there are sequences, so that ranks have equally many.
+        at_least: make this many balanced rows, as far as there are sequences, so that ranks have equally many. If it is
+            as many as would be made without it, there will be no more.
     """
     if not limits.balanced:
         return _in_order(lengths, limits)

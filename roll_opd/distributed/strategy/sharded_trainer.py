@@ -91,7 +91,7 @@ class ShardedTrainer(ShardedModel):
             TrainingError: the gradient is not finite; no weight has been changed.
         """
         sums: dict[str, float] = {}
-        assert not self._other.away, f"{self.role} has left its device"
+        assert not (self._weights.away or self._other.away), f"{self.role} has left its device"
         for micro_batch in micro_batches:
             total, stats = loss_of(micro_batch)
             # FSDP averages gradients over the ranks; the loss is already a share of the global sum. It does so after

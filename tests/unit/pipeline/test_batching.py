@@ -184,6 +184,10 @@ def test_balanced_rows_hold_their_limits(seed: int, fakes) -> None:
     assert sorted(i.trajectory.id.draw for row in rows for i in row) == list(range(len(lengths)))
     tokens = [sum(len(i.trajectory) for i in row) for row in rows]
     assert all(n <= budget or len(row) == 1 for n, row in zip(tokens, rows, strict=True))
+    limits = RowLimits(tokens=budget, balanced=True)
+    fewest = len(rows_by_length(lengths, limits))
+    for more in range(fewest, len(lengths) + 3):
+        assert len(rows_by_length(lengths, limits, at_least=more)) == min(more, len(lengths))
     loads = [sum(len(i.trajectory) for row in rank for i in row if i.token_weight > 0) for rank in out]
     # The longest first: nobody has more than the mean by as much as the longest sequence.
     assert max(loads) - min(loads) <= max(lengths)

@@ -1,13 +1,13 @@
 """Hugging Face weights to Megatron-core's modules and back, bit for bit.
 
-A matrix of Megatron-core is laid together from Hugging Face's: queries, keys and values group by group, gate and up
-projection shard by shard, the vocabulary filled up until it divides. Each :class:`Recipe` writes down once of which
-runs of rows (or columns) a tensor consists; it is cut into equal parts for its ranks. Reading from files, taking
-over tensors one by one and exporting are all copies between runs and parts.
+A matrix of Megatron-core is assembled from Hugging Face's: queries, keys and values group by group, gate and up
+projection shard by shard, the vocabulary filled up until it divides. A :class:`Recipe` writes down once of which runs
+of rows (or columns) a tensor consists; each rank holds an equal part of it. Reading files, taking over tensors and
+exporting them are copies between runs and parts.
 
-Our own table instead of a package: what exists for this Python is unmaintained and has to be corrected in four places
-for transformers 5 (mbridge), needs TransformerEngine (mcore-bridge) or another Python (megatron-bridge); and none reads
-only a rank's own part of a file.
+Our own table instead of a package: of those for this Python, one has to be corrected in four places for transformers 5
+and is unmaintained (mbridge), another needs TransformerEngine (mcore-bridge); and none lets a rank read nothing but its
+own part of a file.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a tensor of Megatron-core is laid together from.
+    """What a tensor of Megatron-core is assembled from.
 
     Attributes:
         name: its name in a model that is not split: layers and experts are counted through.
@@ -372,7 +372,7 @@ def _overlaps(runs: Sequence[Run], begin: int, end: int) -> Iterator[tuple[Run, 
 
 
 def _taken_apart(recipe: Recipe, whole: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Undo what the recipe lays together."""
+    """Undo what the recipe assembles."""
     sources: dict[str, list[Tensor]] = {}
     for run, rows in zip(recipe.runs, whole.split([run.length for run in recipe.runs], recipe.dim), strict=True):
         if run.name is not None:
@@ -415,7 +415,10 @@ class _Checkpoint:
 
     def rows(self, name: str, piece: Piece) -> Tensor:
         """Read what ``piece`` takes of the tensor ``name``."""
-        view = self._file(self._files[name]).get_slice(name)
+        try:
+            view = self._file(self._files[name]).get_slice(name)
+        except SafetensorError as error:
+            raise ModelError(f"{self._field}: cannot read {name} in {self._path!r}: {error}") from error
         if tuple(view.get_shape()) != self._shapes[name]:
             raise ModelError(
                 f"{self._field}: {name} in {self._path!r} is {tuple(view.get_shape())}, but by its config.json "
@@ -440,4 +443,7 @@ class _Checkpoint:
         if Path(self._path).is_dir():
             file = Path(self._path) / name
             return str(file) if file.is_file() else None
-        return cached_file(self._path, name, _raise_exceptions_for_missing_entries=False)
+        try:
+            return cached_file(self._path, name, _raise_exceptions_for_missing_entries=False)
+        except OSError as error:
+            raise ModelError(f"{self._field}: cannot fetch {name} of {self._path!r}: {error}") from error

@@ -94,7 +94,7 @@ class PackedAttention(nn.Module):
     ) -> Tensor:
         """Attend; ``query [N, heads, D]``, ``key`` and ``value [N, groups, D]``; returns ``[N, heads * D]``."""
         bounds, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
-        if query.is_cuda and flash_attn_varlen_func is not None:
+        if query.is_cuda and query.dtype != torch.float32 and flash_attn_varlen_func is not None:
             out = flash_attn_varlen_func(
                 query, key, value, bounds, bounds, longest, longest, softmax_scale=self.scale, causal=True
             )
@@ -166,21 +166,17 @@ class MegatronChunk(GPTModel):
 
     # ---- forward -------------------------------------------------------------------------------------------------
 
-    def forward(self, batch: PackedBatch, apply: Apply) -> Any:
+    def forward(self, batch: PackedBatch, apply: Apply | None) -> Any:
         """Return hidden states ``[N, 1, H]`` for the next chunk or, at the last one, what ``apply`` gives.
 
-        With sequence parallelism ``N`` is this rank's share of the row.
+        With sequence parallelism ``N`` is this rank's share of the row. Only the last chunk needs ``apply``.
         """
-        device = next(self.parameters()).device
-
-        def put(array: NDArray[Any]) -> Tensor:
-            return torch.as_tensor(np.array(array), device=device)
-
-        tokens, packed = self._row(batch, device)
+        tokens, packed = self._row(batch)
         hidden = super().forward(tokens, None, None, packed_seq_params=packed)
         if not self.post_process:
             return hidden
-        source, target = (put(positions) for positions in shifted(batch))
+        assert apply is not None, "nothing to compute at the head"
+        source, target = (self._put(positions) for positions in shifted(batch))
         hidden = hidden[:, 0]
         # The gradient of the hidden states that the head returns is that of its part of the vocabulary: these regions
         # sum it over the ranks.
@@ -194,7 +190,10 @@ class MegatronChunk(GPTModel):
         """Leave out Megatron-core's head and loss: ours makes no logits."""
         return hidden_states
 
-    def _row(self, batch: PackedBatch, device: torch.device) -> tuple[Tensor, PackedSeqParams]:
+    def _put(self, array: NDArray[Any]) -> Tensor:
+        return torch.as_tensor(np.array(array), device=next(self.parameters()).device)
+
+    def _row(self, batch: PackedBatch) -> tuple[Tensor, PackedSeqParams]:
         """Turn a packed row into Megatron-core's terms: tokens ``[1, N]`` and the bounds of the sequences."""
         tokens, bounds = batch.tokens, batch.cu_seqlens
         if self.config.sequence_parallel:
@@ -204,7 +203,7 @@ class MegatronChunk(GPTModel):
                 tokens = np.concatenate([tokens, np.zeros(missing, tokens.dtype)])
                 bounds = np.append(bounds, np.int32(len(tokens)))
         longest = int(np.diff(bounds).max())
-        cu_seqlens = torch.as_tensor(np.array(bounds), device=device)
+        cu_seqlens = self._put(bounds)
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
@@ -212,15 +211,15 @@ class MegatronChunk(GPTModel):
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
-        return torch.as_tensor(np.array(tokens), device=device)[None], packed
+        return self._put(tokens)[None], packed
 
     # ---- head ----------------------------------------------------------------------------------------------------
 
     def head(self) -> Head:
         """Return this rank's rows of the output projection; of the last chunk only."""
         assert self.post_process, "only the last chunk has a head"
-        tied_here = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied_here else self.output_layer.weight
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         return Head(weight, vocab_size=self.tokenizer_size, shard=_shard(len(weight)))
 
     def at_sampled_tokens(self, batch: PackedBatch, apply: Apply) -> tuple[Any, NDArray[np.int64]]:
@@ -312,7 +311,7 @@ def load_chunks(
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
                 vp_stage=stage,
-            )
+            ).to(device)  # Megatron-core leaves the weights of routers on the CPU
             for stage in stages
         ]
     bridge.read(chunks, str(args.model_name_or_path), field)
@@ -372,9 +371,8 @@ def check_sizes(hf_config: PretrainedConfig, settings: MegatronSettings, role: s
     """Refuse a layout that does not divide the model.
 
     Raises:
-        ConfigError: says which setting, and what would fit.
+        ConfigError: says which setting, and why.
     """
-
     tensor, experts = settings.tensor_model_parallel_size, settings.expert_model_parallel_size
     pipeline, parts = settings.pipeline_model_parallel_size, settings.virtual_pipeline_model_parallel_size or 1
 
