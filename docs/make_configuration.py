@@ -202,7 +202,6 @@ SECTIONS = (
 # Where this version does less than the field's docstring says, or something else.
 NOTES = {
     "BaseConfig.logging_steps": "Also thins `metrics.jsonl`. The last step is always written.",
-    "BaseConfig.num_nodes": "This version: one machine.",
     "PipelineConfig.adv_estimator": "`gigpo`, `step_reinforce` and `agentic_reinforce` are of the agentic pipeline.",
     "PipelineConfig.norm_mean_type": "`grpo` normalises itself and reads neither this nor the next.",
     "PipelineConfig.kl_penalty": "`full` needs a teacher.",

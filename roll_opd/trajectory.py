@@ -113,7 +113,8 @@ class Trajectory:
         infer_logprobs: ``[T]`` float32, from the engine that sampled: untruncated softmax at temperature 1.
         weight_version: ``[T]`` int32, version of the student's weights that sampled the token; -1 elsewhere.
         finish_reason: ``stop`` (the student ended it) or ``length`` (cut at the limit).
-        sampled_mass: mean over sampled tokens of the probability that the sampler's truncation kept; 1.0 = untruncated.
+        sampled_mass: mean over sampled tokens of the probability that the sampler's truncation kept; 1.0 = untruncated,
+            NaN = not measured.
         top_ids: ``[n, K]`` int32, tokens that the sampling engine ranked first at each of the ``n`` sampled tokens,
             when they were asked for.
         contexts: scorer name -> prompt token ids that it sees in place of the student's (privileged context).

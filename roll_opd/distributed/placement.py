@@ -131,8 +131,8 @@ class Placement:
             self.release()
             where = ", ".join(f"{node.gpus} on {node.address}" for node in self._nodes)
             raise LaunchError(
-                f"the GPUs of the nodes that the roles map ({where}) were not all free within {timeout:.0f} s; something "
-                f"else on this Ray cluster holds some of them (`ray status` says how many)"
+                f"the GPUs of the nodes that the roles map ({where}) were not all free within {timeout:.0f} s; "
+                f"something else on this Ray cluster holds some of them (`ray status` says how many)"
             )
 
     def slots(self, config: WorkerConfig, threads: int) -> list[Slot]:

@@ -70,7 +70,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory], version: int) -> dict[st
         "rollout/response_length": float(lengths.mean()),
         "rollout/response_length_max": float(lengths.max()),
         "rollout/truncated": float(np.mean([t.finish_reason == "length" for t in trajectories])),
-        "rollout/sampled_mass": float(np.mean([t.sampled_mass for t in trajectories])),
+        "rollout/sampled_mass": float(np.nanmean([t.sampled_mass for t in trajectories])),
         "staleness/mean": float(stale.mean()),
         "staleness/max": float(stale.max()),
     }

@@ -132,8 +132,8 @@ class RoleClusters:
     def _setup(self) -> None:
         """Load all models, side by side where they have devices of their own; the first failure is what the user sees.
 
-        Roles that share devices load one after the other, each leaving before the next one comes: trainers first, engines
-        last, because an engine takes what memory it finds.
+        Roles that share devices load one after the other, each leaving before the next one comes: trainers first,
+        engines last, because an engine takes what memory it finds.
         """
         pending: list[Any] = []
         for name, cluster in self.rewards.items():

@@ -12,8 +12,8 @@
         produces:      batch b, into a queue (of 1 + bound batches at most)
         unblocked by:  weights_ready(version), from the main loop after weight sync
     devices
-        teachers that share no device with the engines score beside them, block by block; the others come afterwards, one
-        group after the other (see Turns.waves)
+        teachers that share no device with the engines score beside them, block by block; the others come afterwards,
+        one group after the other (see Turns.waves)
     engines that die
         are replaced and get their weights again (revive); what they had not finished is asked for once more
     rewards

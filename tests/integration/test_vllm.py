@@ -46,6 +46,7 @@ VOCAB, ROWS, LONGEST = 305, 320, 800
 PLAIN = Sampling(max_new_tokens=24)
 GREEDY = dataclasses.replace(PLAIN, greedy=True)
 CUT = dataclasses.replace(PLAIN, top_k=20, top_p=0.8)
+COLD = dataclasses.replace(PLAIN, temperature=0.7, top_p=0.9)
 DEATH_SECONDS = 5.0
 
 
@@ -184,7 +185,7 @@ def engine_process() -> psutil.Process:
         PLAIN,
         GREEDY,
         CUT,
-        dataclasses.replace(PLAIN, temperature=0.7, top_p=0.9),
+        COLD,
         dataclasses.replace(PLAIN, temperature=1.7),
     ],
     ids=["plain", "greedy", "cut", "cold and cut", "hot"],
@@ -192,6 +193,7 @@ def engine_process() -> psutil.Process:
 def test_what_is_reported_is_the_untruncated_distribution(engine, model_a, prompts, sampling) -> None:
     """Of the checkpoint, over the tokenizer's ids alone; and how much of it the sampling kept."""
     sampling = dataclasses.replace(sampling, report_top_ids=4)
+    measured = [dataclasses.replace(cut, report_top_ids=4) for cut in (CUT, COLD)]
     requests = [request(i, p, sampling, k) for i, p in enumerate(prompts) for k in range(2)]
     results = run(engine, requests)
     check_against(model_a, requests, results, version=0)
@@ -208,8 +210,11 @@ def test_what_is_reported_is_the_untruncated_distribution(engine, model_a, promp
         else:
             cuts = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
             kept = sample(logits, torch.zeros(len(logits)), **cuts)[2]
-        exact = sampling.temperature == 1.0 or not sampling.truncates
-        assert result.sampled_mass == pytest.approx(float(kept.mean()), abs=1e-5 if exact else 0.02)
+        if one.id.sample and sampling in measured:  # it costs too much to be asked of every response
+            assert np.isnan(result.sampled_mass)
+        else:
+            exact = sampling.temperature == 1.0 or sampling.top_p == 1.0
+            assert result.sampled_mass == pytest.approx(float(kept.mean()), abs=1e-5 if exact else 0.02)
 
 
 def test_greedy_equals_hf_infer(engine, hf, prompts) -> None:
@@ -436,21 +441,19 @@ def test_death_while_sampling(engine, model_a, model_b, prompts) -> None:
     requests = [request(0, prompts[0], Sampling(max_new_tokens=4))]
     requests += [request(i, prompts[0], Sampling(max_new_tokens=700)) for i in range(1, 5)]
     results: list[GenerateResult] = []
+    killed: list[float] = []
 
-    async def die() -> float:
-        began = time.monotonic()
+    async def die() -> None:
         async for result in engine.generate(requests):
             results.append(result)
-            if len(results) == 1:
-                began = time.monotonic()
+            if not killed:
                 engine_process().kill()
-        return began  # not reached
+                killed.append(time.monotonic())
 
-    began = time.monotonic()
     with pytest.raises(EngineDiedError, match="student_infer"):
         asyncio.run(die())
-    assert time.monotonic() - began < DEATH_SECONDS
-    assert results and results[0].id == requests[0].id
+    assert time.monotonic() - killed[0] < DEATH_SECONDS
+    assert results[0].id == requests[0].id and len(results) < len(requests)
     check_against(model_a, [requests[0]], {results[0].id: results[0]}, 30)
     with pytest.raises(EngineDiedError):
         engine.begin_weight_update(31)

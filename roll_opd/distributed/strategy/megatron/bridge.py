@@ -122,6 +122,13 @@ class WeightBridge:
         self._layers = _stages_of_layers(config)
         self.recipes = {recipe.name: recipe for recipe in self._table()}
 
+    def mark_parts(self, chunks: Sequence[nn.Module]) -> None:
+        """Say of each parameter whether the tensor-parallel ranks hold different values; the gradient's norm asks."""
+        for name, parameter in self._local(chunks).items():
+            # Experts that are not split are dealt out over these ranks.
+            differs = len(self.recipes[name].holders) > 1 or ".local_experts." in name
+            parameter.tensor_model_parallel = differs  # type: ignore[attr-defined]
+
     # ---- into Megatron-core ------------------------------------------------------------------------------------------
 
     @torch.no_grad()

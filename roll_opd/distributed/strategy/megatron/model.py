@@ -314,6 +314,7 @@ def load_chunks(
             ).to(device)  # Megatron-core leaves the weights of routers on the CPU
             for stage in stages
         ]
+    bridge.mark_parts(chunks)
     bridge.read(chunks, str(args.model_name_or_path), field)
     return [chunk.train(trains) for chunk in chunks]
 

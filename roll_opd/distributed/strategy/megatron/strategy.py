@@ -182,7 +182,8 @@ class MegatronTrainStrategy:
         Raises:
             TrainingError: the gradient is not finite; no weight has been changed.
         """
-        ratios = [0.0]
+        assert not self._other.away, f"{self.model.role} has left its device"
+        ratios: list[Tensor] = []
 
         def forward(chunk: MegatronChunk, items: Sequence[TrainItem]) -> tuple[Tensor, dict[str, Tensor] | None]:
             if not chunk.post_process:
@@ -190,13 +191,13 @@ class MegatronTrainStrategy:
                 return _send_on(chunk, [t.tokens for t in trajectories], [t.response_mask for t in trajectories])
             total, stats = row_loss(chunk, items, loss, self._teacher_heads, self.device)
             if stats["ratio"].numel():
-                ratios.append(float(stats["ratio"].max()))
+                ratios.append(stats["ratio"].max())
             return total, stats
 
         idle = microbatches_in_step(len(micro_batches), self.device) - len(micro_batches)
         shortest = min((item.trajectory for row in micro_batches for item in row), key=len)
         rows = [*micro_batches, *[[TrainItem(shortest, 0.0)]] * idle]
-        return self.trainer.update(rows, forward) | {"max/ratio": max(ratios)}
+        return self.trainer.update(rows, forward) | {"max/ratio": max((float(r) for r in ratios), default=0.0)}
 
     # ---- weights -------------------------------------------------------------------------------------------------
 
@@ -213,6 +214,7 @@ class MegatronTrainStrategy:
 
     def save(self, folder: str) -> None:
         """Write weights, optimizer, schedule and random state; every rank its part."""
+        assert not self._other.away, f"{self.model.role} has left its device"
         self.trainer.save(folder)
 
     def load(self, folder: str) -> None:

@@ -268,12 +268,16 @@ class Engine:
         finally:
             task.cancel()
 
-    async def stream(self, name: str, prompt_ids: Sequence[int], **sampling: Any) -> AsyncGenerator[Any, None]:
+    async def stream(
+        self, name: str, prompt_ids: Sequence[int], *, each_step: bool = False, **sampling: Any
+    ) -> AsyncGenerator[Any, None]:
         """Yield the outputs of one request; closing the iterator aborts it.
 
         Args:
             name: unique among all requests.
             prompt_ids: the prompt.
+            each_step: yield what is new after every step of the engine; else all of it, once, at the end, for a third
+                of the work on our side.
             sampling: of vLLM's ``SamplingParams``.
 
         Raises:
@@ -286,9 +290,8 @@ class Engine:
         # A prompt that needs no work, as vLLM's renderer would make it.
         prompt = {"type": "token", "prompt_token_ids": list(prompt_ids)}
         try:
-            params = SamplingParams(
-                **sampling, detokenize=False, flat_logprobs=True, output_kind=RequestOutputKind.DELTA
-            )
+            kind = RequestOutputKind.DELTA if each_step else RequestOutputKind.FINAL_ONLY
+            params = SamplingParams(**sampling, detokenize=False, flat_logprobs=True, output_kind=kind)
             async with aclosing(self.llm.generate(prompt, params, name)) as outputs:
                 async for output in outputs:
                     yield output
@@ -297,6 +300,11 @@ class Engine:
         except Exception as error:
             # Policy: refuse. A request is good or not; vLLM has many names for what is wrong with it.
             raise GenerationError(f"{self.role}: vLLM refuses request {name}: {error.__cause__ or error!r}") from error
+
+    def tokens_so_far(self) -> dict[str, int]:
+        """For each unfinished request, by its name, how many tokens it has; in the loop."""
+        states = self.llm.output_processor.request_states.values()
+        return {state.external_req_id: state.detokenizer.num_output_tokens() for state in states}
 
     async def _start(self) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs

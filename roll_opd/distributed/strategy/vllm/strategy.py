@@ -2,9 +2,9 @@
 
 ::
 
-    generate ─► one request each ─► engine ─► tokens, step by step ─► marked with the weight version of the moment
+    generate ─► one request each ─► engine ─► tokens
     score    ─► one request each ─► engine ─► prompt log-probabilities
-    update   ─► pause, requests kept ─► buckets, through shared memory ─► caches emptied ─► resume
+    update   ─► pause, requests kept ─► buckets, through shared memory ─► caches emptied, tokens counted ─► resume
 
 Log-probabilities are those of the untruncated softmax at temperature 1, whatever the sampling settings: the engine
 takes them before it tempers or cuts (``logprobs_mode: raw_logprobs``), so training and validation may sample
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -86,6 +87,7 @@ class VLLMStrategy:
         self.version = 0
         self._sleeps = device.type == "cuda"
         self._names = itertools.count()
+        self._in_flight: dict[str, _Response] = {}
         self._updating = False
         # Weights that no update has brought yet, and that the checkpoint did not bring either.
         self._stale = settings.load_format == "dummy"
@@ -157,11 +159,12 @@ class VLLMStrategy:
 
     async def _sample(self, request: GenerateRequest, put: Callable[[GenerateResult], None]) -> None:
         await self._admitted()
-        response = _Response(request, self.vocabulary)
-        sampling = request.sampling
+        sampling, name = request.sampling, self._name(request.id)
+        response = self._in_flight[name] = _Response(request, self.vocabulary)
         steps = self._engine.stream(
-            self._name(request.id),
+            name,
             request.prompt_ids,
+            each_step=bool(sampling.stop_strings),
             temperature=0.0 if sampling.greedy else sampling.temperature,
             top_p=sampling.top_p,
             top_k=max(sampling.top_k, 0),
@@ -172,11 +175,14 @@ class VLLMStrategy:
             ignore_eos=True,
             stop_token_ids=[i for i in self.vocabulary.stop_ids if i < self.vocabulary.size],
         )
-        async with aclosing(steps):
-            async for step in steps:
-                if response.extend(step.outputs[0], self.version):
-                    break
-        put(response.result())
+        try:
+            async with aclosing(steps):
+                async for step in steps:
+                    if response.extend(step.outputs[0]):
+                        break
+        finally:
+            del self._in_flight[name]
+        put(response.result(self.version))
 
     async def _admitted(self) -> None:
         """Wait until requests may be sent to the engine."""
@@ -215,8 +221,8 @@ class VLLMStrategy:
             self._name(request.id), request.tokens.tolist(), max_tokens=1, prompt_logprobs=want.top_k
         )
         async with aclosing(steps):
-            answers = [step.prompt_logprobs async for step in steps if step.prompt_logprobs is not None]
-        return score_result(request, answers[0], want, self.vocabulary.size)
+            (answer,) = [step async for step in steps]
+        return score_result(request, answer.prompt_logprobs, want, self.vocabulary.size)
 
     def head(self) -> HeadWeights:
         """See :class:`~roll_opd.distributed.strategy.base.ScoreStrategy`; an engine does not give its weights away."""
@@ -284,6 +290,9 @@ class VLLMStrategy:
     async def _resume(self, version: int) -> None:
         if not await self._engine.llm.reset_prefix_cache():
             raise GenerationError(f"{self.role}: the prefix cache still holds blocks of the weights before {version}")
+        tokens = self._engine.tokens_so_far()
+        for name, response in self._in_flight.items():
+            response.split(tokens.get(name), self.version)
         self.version = version
         self._stale = False
         await self._engine.llm.resume_generation()
@@ -327,28 +336,38 @@ class VLLMStrategy:
 
 
 class _Response:
-    """A response that is being sampled, of which the engine sends a few tokens at a time."""
+    """A response that is being sampled.
+
+    The mass that truncation keeps is measured on the first response of each group alone: it takes many
+    log-probabilities a token, which halve the speed of an engine.
+    """
 
     def __init__(self, request: GenerateRequest, vocabulary: Vocabulary) -> None:
         self.request, self.vocabulary = request, vocabulary
         sampling = request.sampling
-        self.ranks = min(max(sampling.report_top_ids, ranks_needed(sampling)), vocabulary.size)
+        needed = min(ranks_needed(sampling), vocabulary.size)
+        wanted = min(sampling.report_top_ids, vocabulary.size)
+        self.measured = request.id.sample == 0 or needed <= wanted
+        self.ranks = max(wanted, needed if self.measured else 0)
         """Of the most probable tokens that are to be reported with each sampled one."""
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
-        self.versions: list[int] = []
         self.best: list[list[tuple[int, float]]] = []
+        self.splits: list[tuple[int | None, int]] = []
         self.stopped = False
 
-    def extend(self, output: Any, version: int) -> bool:
-        """Add the tokens of a step, sampled by weights ``version``; return whether a stop string is complete."""
+    def split(self, length: int | None, version: int) -> None:
+        """Note that the first ``length`` tokens (None: all) are not of later weights than ``version``."""
+        self.splits.append((length, version))
+
+    def extend(self, output: Any) -> bool:
+        """Add what the engine has sampled; return whether a stop string is complete."""
         if output.finish_reason not in (None, "stop", "length"):
             raise GenerationError(f"request {self.request.id}: the engine ended it: {output.finish_reason}")
         flat, stop_strings = output.logprobs, self.request.sampling.stop_strings
         for token, start, end in zip(output.token_ids, flat.start_indices, flat.end_indices, strict=True):
             self.tokens.append(token)
             self.logprobs.append(flat.logprobs[start])
-            self.versions.append(version)
             self.best.append(_best(flat, start, end, self.ranks))
             stopped = has_stop_string(self.tokens, stop_strings, self.vocabulary.decode)
             self.stopped = stopped or token in self.vocabulary.stop_ids
@@ -356,16 +375,19 @@ class _Response:
                 return True
         return False
 
-    def result(self) -> GenerateResult:
-        """The whole response."""
+    def result(self, version: int) -> GenerateResult:
+        """The whole response; tokens after the last split are of weights ``version``."""
         sampling = self.request.sampling
+        versions = np.full(len(self.tokens), version, dtype=np.int32)
+        for length, before in reversed(self.splits):
+            versions[:length] = before
         logprobs = np.array(self.logprobs, dtype=np.float32)
         top_ids = np.array([[i for i, _ in row[: sampling.report_top_ids]] for row in self.best], dtype=np.int32)
         return GenerateResult(
             id=self.request.id,
             response_ids=np.array(self.tokens, dtype=np.int32),
             infer_logprobs=logprobs,
-            weight_version=np.array(self.versions, dtype=np.int32),
+            weight_version=versions,
             finish_reason="stop" if self.stopped else "length",
             sampled_mass=self._sampled_mass(logprobs),
             top_ids=top_ids if sampling.report_top_ids else None,
@@ -378,6 +400,8 @@ class _Response:
         needed = min(ranks_needed(sampling), self.vocabulary.size)
         if not needed:
             return 1.0
+        if not self.measured:
+            return math.nan
         best = np.array([[logprob for _, logprob in row[:needed]] for row in self.best])
         return float(kept_mass(best, sampling, self.vocabulary.size).mean())
 
