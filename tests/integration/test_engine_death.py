@@ -82,14 +82,13 @@ def test_killed_while_sampling_and_while_taking_weights(
         **{
             "student_infer.strategy_args.strategy_name": "vllm",
             "+student_infer.strategy_args.strategy_config.enforce_eager": True,
-            "rewards": None,
-            "validation": None,
+            "validation.teacher_accuracy": False,
         },
     )
     assert sorted(killed) == ["sampling", "update"] and len(noticed) == 2
     for moment, seen in zip(sorted(killed.values()), noticed, strict=True):
         assert seen - moment <= 5.0
-    # Three whole steps, each trajectory in one of them and once; and what was sampled fits the weights it is said to be of.
+    # Three whole steps, each trajectory in one of them and once, sampled with the weights that it says.
     assert [len(ids) for ids in trained] == [64] * 3
     assert len({name for ids in trained for name in ids}) == 3 * 64
     steps = finished.metrics

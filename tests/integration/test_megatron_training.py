@@ -260,9 +260,9 @@ def assert_same(ours: Outcome, theirs: Outcome, tolerance: float = 1e-5) -> None
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_train_as_fsdp2_does(train, tiny_models, layout: str, loss: Loss) -> None:
     """13 sequences: with two data-parallel ranks one of them gets an item of weight 0."""
-    settings = {"updates": 3, "max_grad_norm": 0.4}
+    settings = {"updates": 3, "max_grad_norm": 0.2}
     theirs = train(run_of(tiny_models.student, FSDP2, loss, **settings))
-    assert theirs.metrics[0]["grad_norm"] > 0.4
+    assert theirs.metrics[0]["grad_norm"] > 0.2
     ours = train(run_of(tiny_models.student, LAYOUTS[layout], loss, **settings))
     assert_same(ours, theirs)
 
@@ -293,9 +293,9 @@ INTERLEAVED = Layout(3, {"pipeline_model_parallel_size": 3, "virtual_pipeline_mo
 PARTS = {
     "untied, TP": ("untied", TP),
     "untied, PP": ("untied", PP),
-    "interleaved stages": ("deep", INTERLEAVED),
     "stages of shards": ("deep", Layout(4, TP.settings | PP.settings)),
     "replicas of stages": ("deep", PP._replace(ranks=4)),
+    "interleaved stages": ("deep", INTERLEAVED),
     "experts on all ranks": ("experts", DP),
     "experts in two parts": ("experts", Layout(2, {"expert_model_parallel_size": 2})),
     "experts and shards": ("experts", SP),
@@ -305,7 +305,7 @@ PARTS = {
 @pytest.mark.parametrize("part", PARTS)
 def test_other_models_and_mixed_layouts(train, models, part: str) -> None:
     name, layout = PARTS[part]
-    settings = {"updates": 2, "max_grad_norm": 0.4, "items": trajectories(7)}
+    settings = {"updates": 2, "max_grad_norm": 0.2, "items": trajectories(7)}
     assert_same(train(run_of(models[name], layout, **settings)), train(run_of(models[name], FSDP2, **settings)))
 
 
@@ -342,7 +342,7 @@ def test_resume_is_exact(train, tiny_models, tmp_path: Path, case: str) -> None:
         np.testing.assert_array_equal(resumed.weights[name], weight, err_msg=name)
 
 
-@pytest.mark.parametrize("case", RESUMED)
+@pytest.mark.parametrize("case", ["spread state", "copies of the state, bf16", "stages, no state"])
 def test_leaving_the_device_changes_nothing(train, tiny_models, case: str) -> None:
     layout, training, dtype = RESUMED[case]
     run = run_of(tiny_models.student, layout, training=training, dtype=dtype, updates=3)

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import copy
 import dataclasses
+import re
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -423,11 +424,13 @@ def test_what_was_not_sent_is_named_and_not_served(engine, model_a, model_b, pro
         _compare(*held_after(other_head), "student_infer-0", 20)
     with pytest.raises(GenerationError, match="no weights that could be served"):
         run(engine, [request(0, prompts[0])])
-    no_norm = [entry for entry in entries if entry[0] != "model.layers.1.post_attention_layernorm.weight"]
-    with pytest.raises(
-        GenerationError, match=r"were not sent: \['model\.layers\.1\.post_attention_layernorm\.weight'\]"
-    ):
-        _compare(*held_after(no_norm), "student_infer-0", 20)
+    for left_out, named in {
+        "model.layers.1.post_attention_layernorm.weight": "model.layers.1.post_attention_layernorm.weight",
+        "model.layers.0.self_attn.k_proj.weight": "model.layers.0.self_attn.qkv_proj.weight",
+    }.items():
+        sent, held = held_after([entry for entry in entries if entry[0] != left_out])
+        with pytest.raises(GenerationError, match=re.escape(f"were not sent: ['{named}']")):
+            _compare(sent, held, "student_infer-0", 20)
     update(engine, model_a, 21)
     check_against(model_a, requests := [request(4, prompts[4])], run(engine, requests), 21)
 

@@ -47,18 +47,14 @@ class Adapters:
         self._lm, self._config, self._in_full, self._field, self._folder = lm, config, in_full, field, folder
 
     @classmethod
-    def put_into(cls, lm: PreTrainedModel, args: ModelArguments, role: str) -> Adapters | None:
-        """Put the adapters that ``args`` describes into a model and freeze the rest of it; None if there are none.
+    def put_into(cls, lm: PreTrainedModel, args: ModelArguments, role: str) -> Adapters:
+        """Put the adapters that ``args`` describes into a model, and freeze the rest of it.
 
         Raises:
             ConfigError: the settings contradict each other.
             ModelError: they do not fit the model, or the adapter's folder cannot be read.
         """
         path = f"{role}.model_args"
-        if args.lora_target is None and args.adapter_name_or_path is None:
-            if args.additional_target:
-                raise ConfigError(f"{path}.additional_target", "is for training beside an adapter; set lora_target too")
-            return None
         if args.lora_dropout > 0:
             problem = "old and new log-probabilities must be those of one function, which dropout is not; use 0"
             raise ConfigError(f"{path}.lora_dropout", problem)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,14 +24,17 @@ from torch.distributed.tensor import DTensor
 
 from roll_opd.configs.backends import backend_settings
 from roll_opd.configs.backends.fsdp2 import FSDP2Settings
+from roll_opd.configs.model_args import ModelArguments
 from roll_opd.configs.worker_config import WorkerConfig
 from roll_opd.distributed.strategy.base import ScoreRequest
-from roll_opd.distributed.strategy.lora import Adapters
 from roll_opd.distributed.strategy.packed_model import check_forward
 from roll_opd.distributed.strategy.pretrained import DTYPES, Checkpoint, own_part
 from roll_opd.distributed.strategy.residence import Residence
 from roll_opd.distributed.strategy.scoring import idle_request, in_order_of, rows_of
-from roll_opd.errors import LaunchError, ModelError
+from roll_opd.errors import ConfigError, LaunchError, ModelError
+
+if TYPE_CHECKING:
+    from roll_opd.distributed.strategy.lora import Adapters
 
 T = TypeVar("T")
 
@@ -70,7 +73,7 @@ class ShardedModel:
         self.model, self.lm = model, lm
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.settings = backend_settings(config.strategy_args) if config.strategy_args else FSDP2Settings()
-        self.adapters = Adapters.put_into(lm, config.model_args, self.role)
+        self.adapters = _put_adapters_into(lm, config.model_args, self.role, trains)
         if trains:
             _freeze(lm, config.model_args.freeze_module_prefix, self.role)
         else:
@@ -222,6 +225,21 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _decoder_layers(lm: Any) -> Iterator[nn.Module]:
     layers = getattr(lm.base_model, "layers", None)
     yield from layers if layers is not None else []
+
+
+def _put_adapters_into(lm: Any, args: ModelArguments, role: str, trains: bool) -> Adapters | None:
+    # A scorer's fresh adapter would compute nothing.
+    if args.adapter_name_or_path is None and not (trains and args.lora_target is not None):
+        if trains and args.additional_target is not None:
+            raise ConfigError(f"{role}.model_args.additional_target", "is trained beside an adapter; set lora_target")
+        return None
+    try:
+        from roll_opd.distributed.strategy.lora import Adapters
+    except ImportError as error:
+        raise ModelError(
+            f"{role}.model_args: adapters need the package peft ({error}); install the extra lora"
+        ) from error
+    return Adapters.put_into(lm, args, role)
 
 
 def _freeze(lm: nn.Module, prefixes: str | None, role: str) -> None:

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from transformers import get_scheduler
 
 from roll_opd.configs.worker_config import WorkerConfig
-from roll_opd.distributed.strategy.residence import Residence
 from roll_opd.distributed.strategy.pretrained import Checkpoint, own_part
+from roll_opd.distributed.strategy.residence import Residence
 from roll_opd.distributed.strategy.sharded_model import ShardedModel, disk_errors, on_device
 from roll_opd.errors import ModelError, TrainingError
 

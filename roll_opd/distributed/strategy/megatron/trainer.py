@@ -310,6 +310,7 @@ class MegatronTrainer:
             "optimizers": [part.optimizer.state_dict() for part in self._parts],
         }
         with disk_errors("checkpoint_config.output_dir", f"cannot write {folder}"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
             if dist.get_rank() == 0:
                 torch.save(self._layout, Path(folder) / _LAYOUT_FILE)
             torch.save(state, _rank_file(folder))

@@ -17,7 +17,8 @@ over the memory in which it lay, where CUDA graphs expect it. Two things it does
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +62,7 @@ class WorkerExtension:
     def opd_load(self, path: str, size: int, entries: Sequence[Entry]) -> None:
         """Load tensors from a file; see :mod:`~roll_opd.distributed.strategy.vllm.shared_memory`."""
         with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
-            for name, tensor in tensors_in(path, size, entries):
-                self._opd_update.load(name, tensor)
+            self._opd_update.load(list(tensors_in(path, size, entries)))
 
     def opd_finish_update(self) -> dict[str, int]:
         """Make the model fit to run; return checksums by Hugging Face name of what it holds now.
@@ -91,19 +91,23 @@ class _Part:
     def lies_in(self, parameter: Tensor) -> bool:
         """Whether it was read from ``parameter`` as it should be."""
         view = parameter.detach().as_strided(self.size, self.stride, parameter.storage_offset() + self.offset)
-        return tensor_checksum(as_bytes(view)) == self.checksum
+        return _checksum(view) == self.checksum
 
 
 class _Copies(TorchDispatchMode):
-    """Notes every copy into a tensor of the meta device."""
+    """Notes every copy into a tensor of the meta device, and those that are worked on further."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[Tensor, Tensor]] = []
+        self.altered: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.copy_.default and args[0].is_meta and not args[1].is_meta:
-            self.seen.append((args[0], args[1]))
+        if func is torch.ops.aten.copy_.default and args[0].is_meta:
+            if args[1].is_meta:
+                self.altered.append(args[0])
+            else:
+                self.seen.append((args[0], args[1]))
         return func(*args, **(kwargs or {}))
 
 
@@ -114,45 +118,57 @@ class _Update:
         self.model, self.model_config = model, model_config
         self.ties = bool(getattr(model_config.hf_text_config, "tie_word_embeddings", False))
         self.received: dict[str, int] = {}
-        self.tied: dict[str, int] = {}
+        self.heads: dict[str, int] = {}
         self.parts: dict[str, list[_Part]] = {}
         self.loaded: set[str] = set()
-        self.filled: dict[str, int] = {}
-        self.embedding: str | None = None
+        self.altered: set[str] = set()
         initialize_layerwise_reload(model)
-        # As the checkpoint has them, for this rank: their shapes are compared with what the model keeps in the end.
-        self.shapes = {name: (p.shape, p.stride()) for name, p in model.named_parameters()}
+        # As a checkpoint has them, for this rank; those that are loaded are replaced.
+        self.wanted = dict(model.named_parameters())
+        self.names = {_memory(parameter): name for name, parameter in self.wanted.items()}
 
     @torch.no_grad()
-    def load(self, name: str, tensor: Tensor) -> None:
-        """Take over one tensor."""
-        checksum = tensor_checksum(as_bytes(tensor))
-        if self.ties and name.endswith("lm_head.weight"):
+    def load(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
+        """Take over some tensors, which lie in memory in this order."""
+        own = []
+        for name, tensor in tensors:
             # Models that tie have no such parameter, or the embedding's under a second name.
-            self.tied[name] = checksum
-            return
+            is_tied_head = self.ties and name.endswith("lm_head.weight")
+            (self.heads if is_tied_head else self.received)[name] = _checksum(tensor)
+            if not is_tied_head:
+                own.append((name, tensor))
+        last = ""
+
+        def one_by_one() -> Iterator[tuple[str, Tensor]]:
+            nonlocal last
+            for entry in own:
+                last = entry[0]
+                yield entry
+
         with _Copies() as copies:
-            loaded: set[str] = set(self.model.load_weights([(name, tensor)]))  # type: ignore[operator]
-        if not loaded:  # another pipeline rank's
-            return
-        self.loaded |= loaded
-        self.received[name] = checksum
-        if any(isinstance(self._owner(parameter), VocabParallelEmbedding) for parameter in loaded):
-            self.embedding = self.embedding or name
-        if len(loaded) == 1:
-            (parameter,) = loaded
-            self.filled[parameter] = self.filled.get(parameter, 0) + sum(t.numel() for t, _ in copies.seen)
-            self.parts[name] = [
-                _Part(
-                    parameter,
-                    tuple(target.shape),
-                    target.stride(),
-                    target.storage_offset(),
-                    checksum if source.numel() == tensor.numel() else tensor_checksum(as_bytes(source)),
-                )
-                for target, source in copies.seen
-                if source.dtype == target.dtype
-            ]
+            try:
+                self.loaded |= set(self.model.load_weights(one_by_one()))  # type: ignore[operator]
+            except Exception as error:
+                # Policy: refuse. A loader says in its own way that it has no place for a tensor.
+                raise ValueError(f"{last}: {error!r}") from error
+        self._follow(own, copies)
+
+    def _follow(self, tensors: Sequence[tuple[str, Tensor]], copies: _Copies) -> None:
+        """Note where each tensor went. One that was made into another first is lost sight of."""
+        starts = [tensor.data_ptr() for _, tensor in tensors]
+        for target, source in copies.seen:
+            parameter = self.names.get(_memory(target))
+            index = bisect_right(starts, source.data_ptr()) - 1
+            if parameter is None or index < 0 or source.dtype != target.dtype:
+                continue
+            name, tensor = tensors[index]
+            if source.data_ptr() >= tensor.data_ptr() + tensor.nbytes:
+                continue
+            whole = source.shape == tensor.shape and source.stride() == tensor.stride()
+            checksum = self.received[name] if whole else _checksum(source)
+            part = _Part(parameter, tuple(target.shape), target.stride(), int(target.storage_offset()), checksum)
+            self.parts.setdefault(name, []).append(part)
+        self.altered |= {self.names[_memory(target)] for target in copies.altered if _memory(target) in self.names}
 
     @torch.no_grad()
     def finish(self) -> dict[str, int]:
@@ -166,37 +182,55 @@ class _Update:
         for module in self.model.modules():
             if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
                 module.quant_method.process_weights_after_loading(module)
-        parameters = dict(self.model.named_parameters())
-        held = {name: self._held(name, checksum, parameters) for name, checksum in self.received.items()}
-        if self.embedding is not None:
-            same = {
-                name: held[self.embedding] if self._is_embedding(c) else HELD_OTHERWISE for name, c in self.tied.items()
-            }
-            held |= same
-        short = {name for name in parameters if name not in self.loaded or self._has_gaps(name, parameters)}
-        return held | dict.fromkeys(sorted(short), HELD_OTHERWISE)
+        holds = dict(self.model.named_parameters())
+        held = {name: self._held(name, checksum, holds) for name, checksum in self.received.items()}
+        return held | self._held_heads(held) | dict.fromkeys(sorted(self._short(holds)), HELD_OTHERWISE)
 
-    def _has_gaps(self, name: str, parameters: Mapping[str, Tensor]) -> bool:
-        """Whether a part of a parameter got nothing, such as one of several tensors that are fused in it."""
-        if isinstance(self._owner(name), VocabParallelEmbedding) or not self._readable(name, parameters):
-            return False  # the first is padded
-        return self.filled.get(name, 0) < parameters[name].numel()
+    def _held(self, name: str, checksum: int, holds: Mapping[str, Tensor]) -> int:
+        parts = [part for part in self.parts.get(name, []) if self._readable(part.parameter, holds)]
+        return checksum if all(part.lies_in(holds[part.parameter]) for part in parts) else HELD_OTHERWISE
 
-    def _is_embedding(self, checksum: int) -> bool:
-        assert self.embedding is not None
-        return checksum == self.received[self.embedding]
+    def _held_heads(self, held: Mapping[str, int]) -> dict[str, int]:
+        """A tied output layer is the embedding, which must be what was sent for both."""
+        embeddings = {held[n] for n, parts in self.parts.items() if any(self._is_embedding(p.parameter) for p in parts)}
+        return {name: sum_ if embeddings in ({sum_}, set()) else HELD_OTHERWISE for name, sum_ in self.heads.items()}
 
-    def _held(self, name: str, checksum: int, parameters: Mapping[str, Tensor]) -> int:
-        parts = [part for part in self.parts.get(name, []) if self._readable(part.parameter, parameters)]
-        return checksum if all(part.lies_in(parameters[part.parameter]) for part in parts) else HELD_OTHERWISE
+    def _short(self, holds: Mapping[str, Tensor]) -> set[str]:
+        """Parameters that got nothing, or not enough: where one of several tensors that are fused was not sent."""
+        filled: dict[str, int] = {}
+        for part in (part for parts in self.parts.values() for part in parts):
+            filled[part.parameter] = filled.get(part.parameter, 0) + torch.Size(part.size).numel()
+        gaps = {
+            name
+            for name, count in filled.items()
+            # A vocabulary is padded.
+            if count < self.wanted[name].numel() and self._is_plain(name) and not self._is_embedding(name)
+        }
+        return gaps | (set(holds) - self.loaded)
 
-    def _readable(self, name: str, parameters: Mapping[str, Tensor]) -> bool:
-        """Whether a parameter is as the checkpoint has it: same shape, and nothing that puts its values elsewhere."""
-        parameter = parameters.get(name)
-        if parameter is None or (parameter.shape, parameter.stride()) != self.shapes[name]:
+    def _readable(self, name: str, holds: Mapping[str, Tensor]) -> bool:
+        """Whether the values of a parameter lie where a checkpoint has them."""
+        parameter, wanted = holds.get(name), self.wanted[name]
+        if parameter is None or (parameter.shape, parameter.stride()) != (wanted.shape, wanted.stride()):
             return False
+        return self._is_plain(name) and name not in self.altered
+
+    def _is_plain(self, name: str) -> bool:
+        """Whether nothing but fusing and sharding is done to a parameter when it is loaded."""
         method = getattr(self._owner(name), "quant_method", None)
         return method is None or type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
 
-    def _owner(self, parameter: str) -> nn.Module:
-        return self.model.get_submodule(parameter.rpartition(".")[0])
+    def _is_embedding(self, name: str) -> bool:
+        return isinstance(self._owner(name), VocabParallelEmbedding)
+
+    def _owner(self, name: str) -> nn.Module:
+        return self.model.get_submodule(name.rpartition(".")[0])
+
+
+def _memory(tensor: Tensor) -> int:
+    """Name the memory of a tensor, which its views share; on the meta device it has no address."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _checksum(tensor: Tensor) -> int:
+    return tensor_checksum(as_bytes(tensor))
