@@ -18,7 +18,7 @@ from roll_opd.configs.worker_config import TeacherConfig
 from roll_opd.distributed.cluster import Replica
 from roll_opd.distributed.runtime import user_error
 from roll_opd.distributed.strategy.base import SAMPLED_ONLY, ScoreRequest, ScoreResult, ScoreWant
-from roll_opd.errors import RollOPDError, TeacherError
+from roll_opd.errors import EngineDiedError, RollOPDError, TeacherError
 from roll_opd.pipeline.batching import rank_shares, undeal
 from roll_opd.trajectory import TeacherScores, Trajectory, check_per_token
 
@@ -27,11 +27,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Load:
-    """One replica of a teacher and how many tokens it has been asked for."""
+    """One replica of a teacher and how many tokens it has been asked for.
+
+    ``engine`` counts the engines that it had; a new one that is on its way is ``starting``.
+    """
 
     replica: Replica
     tokens: int = 0
     dead: bool = False
+    engine: int = 0
+    starting: asyncio.Task[None] | None = None
+
+    async def replace_engine(self, died: int) -> None:
+        """Have the engine numbered ``died`` replaced, once, however many requests it took along."""
+        if self.engine == died:
+            self.engine += 1
+            self.starting = asyncio.ensure_future(_restart(self.replica))
+        assert self.starting is not None
+        await asyncio.shield(self.starting)
 
 
 @dataclass
@@ -126,6 +139,7 @@ class TeacherPool:
             load = teacher.replicas[index]
             tried.add(index)
             load.tokens += tokens
+            engine = load.engine
             try:
                 answers, details = _ask(load.replica, requests, want)
                 results = await asyncio.wait_for(_results(load.replica, answers), teacher.config.request_timeout)
@@ -133,8 +147,13 @@ class TeacherPool:
                 scores = [accept(t, q, r) for t, q, r in triples]
                 return [replace(s, details=d) for s, d in zip(scores, details, strict=True)]
             except RayError as error:  # before TimeoutError: Ray's copy of a worker's exception is of both classes
-                if isinstance(error, RayTaskError) and isinstance(user_error(error), RollOPDError):
-                    raise user_error(error) from error
+                cause = user_error(error) if isinstance(error, RayTaskError) else None
+                if isinstance(cause, EngineDiedError):
+                    self._failed(teacher, index, str(cause))
+                    await load.replace_engine(engine)
+                    continue
+                if isinstance(cause, RollOPDError):
+                    raise cause from error
                 # An actor that is only unreachable for now may come back; one that died does not.
                 load.dead = isinstance(error, RayActorError) and not isinstance(error, ActorUnavailableError)
                 reason = error.cause if isinstance(error, RayTaskError) else str(error).strip().splitlines()[0]
@@ -190,6 +209,13 @@ def _ask(replica: Replica, requests: list[ScoreRequest], want: ScoreWant) -> tup
         answers.append(answer)
         details.append(parts)
     return answers, undeal([details[rank] for rank in layout.answers])
+
+
+async def _restart(replica: Replica) -> None:
+    try:
+        await asyncio.gather(*(worker.restart.remote() for worker in replica.workers))
+    except RayTaskError as error:
+        raise user_error(error) from error
 
 
 async def _results(replica: Replica, answers: list[Any]) -> list[ScoreResult]:

@@ -14,7 +14,7 @@ from roll_opd.configs.worker_config import TeacherConfig
 from roll_opd.distributed.cluster import Replica
 from roll_opd.distributed.layout import Layout
 from roll_opd.distributed.strategy.base import ScoreWant
-from roll_opd.errors import ModelError, TeacherError
+from roll_opd.errors import EngineDiedError, ModelError, TeacherError
 from roll_opd.pipeline.teacher_pool import TeacherPool, accept, request_for
 
 
@@ -342,6 +342,40 @@ def test_ranks_that_hold_a_model_together_get_shares_and_answer_as_one(fakes) ->
     # One sequence: the second data-parallel rank is called all the same, the ranks compute together.
     check_scores(score(pool, batch[:1]), batch[:1])
     assert workers[2].calls[-1] == []
+
+
+def test_a_dead_engine_is_replaced_once_whatever_it_took_along(fakes) -> None:
+    class Engine(fakes.ScoringWorker):
+        restarts = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.alive = False
+            self.score, self.restart = fakes.Method(self._answer), fakes.Method(self._restart)
+
+        async def _answer(self, requests):
+            await asyncio.sleep(0.01)
+            if not self.alive:
+                raise task_error(EngineDiedError("the engine is gone"))
+            return fakes.good_scores(requests)
+
+        async def _restart(self):
+            await asyncio.sleep(0.05)
+            self.restarts, self.alive = self.restarts + 1, True
+
+    worker = Engine()
+    pool = pool_of(worker)
+    blocks = [[fakes.trajectory(i)] for i in range(3)]
+
+    async def run():
+        return await asyncio.gather(*(pool.score(block) for block in blocks))
+
+    for out, block in zip(asyncio.run(run()), blocks, strict=True):
+        check_scores(out, block)
+    assert worker.restarts == 1 and pool.failures == 3
+    worker.alive = False
+    check_scores(score(pool, blocks[0]), blocks[0])
+    assert worker.restarts == 2
 
 
 def test_a_replica_is_dead_when_any_of_its_ranks_is(fakes) -> None:
