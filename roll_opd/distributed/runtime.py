@@ -118,24 +118,39 @@ def get(refs: Any, timeout: float | None = None, what: str = "a worker") -> Any:
     Raises:
         RollOPDError: the worker raised one.
         WorkerDiedError: the worker process died.
-        WorkerError: it cannot be reached, or gave no answer in time.
+        WorkerError: it cannot be reached, or gave no answer in time; or a process died that it needs a result of.
     """
     try:
         return ray.get(refs, timeout=timeout)
     except RayTaskError as error:
+        cause = _cause(error)
+        if isinstance(cause, RayError):
+            raise WorkerError(f"{what}: a process died that it needs a result of; {_details(cause)}") from error
         raise user_error(error) from error
     except GetTimeoutError as error:
         raise WorkerError(f"{what} gave no answer within {timeout:.0f} s (rpc_timeout)") from error
     except RayError as error:
-        reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:3])
-        where = f"its log is in logging_dir. Ray says: {reason}"
         if isinstance(error, ActorUnavailableError):
-            raise WorkerError(f"{what}: a process cannot be reached; {where}") from error
+            raise WorkerError(f"{what}: a process cannot be reached; {_details(error)}") from error
         if isinstance(error, RayActorError):
-            raise WorkerDiedError(f"{what}: a process died; {where}") from error
-        raise WorkerError(f"{what}: an object was lost; {where}") from error
+            raise WorkerDiedError(f"{what}: a process died; {_details(error)}") from error
+        raise WorkerError(f"{what}: an object was lost; {_details(error)}") from error
 
 
 def user_error(error: RayTaskError) -> BaseException:
     """Return the user-facing cause of ``error``, or ``error`` itself."""
-    return error.cause if isinstance(error.cause, RollOPDError) else error
+    cause = _cause(error)
+    return cause if isinstance(cause, RollOPDError) else error
+
+
+def _cause(error: RayTaskError) -> BaseException:
+    """What went wrong at first: a task whose argument is the result of another one fails as that one did."""
+    cause: BaseException = error
+    while isinstance(cause, RayTaskError) and isinstance(cause.cause, BaseException):
+        cause = cause.cause
+    return cause
+
+
+def _details(error: RayError) -> str:
+    reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:3])
+    return f"its log is in logging_dir. Ray says: {reason}"

@@ -193,7 +193,7 @@ class TeacherPool:
 
 
 def _ask(replica: Replica, requests: list[ScoreRequest], want: ScoreWant) -> tuple[list[Any], Sequence[Any]]:
-    """Send each rank its share; return every rank's reference, and one of each sequence's details (None: none wanted)."""
+    """Send each rank its share; return each rank's reference and each sequence's details (None: none wanted)."""
     layout = replica.layout
     shares = rank_shares(requests, layout.dp_size)
     answers: list[Any] = []

@@ -1,7 +1,7 @@
 """One model, eight ways to compute with it: the numbers of a run must not depend on the backend.
 
-The quickstart's student as trainer, its teacher as scorer, through the same workers, clusters and pool as in a run. Each
-backend is started, asked, and ended before the next one, so that only one is busy at a time.
+The quickstart's student as trainer, its teacher as scorer, through the same workers, clusters and pool as in a run.
+Each backend is started, asked, and ended before the next one, so that only one is busy at a time.
 """
 
 from __future__ import annotations
@@ -139,7 +139,6 @@ def test_teachers_agree_token_by_token(teacher_logprobs, backend: str) -> None:
         np.abs(ours - theirs).max()
         for ours, theirs in zip(teacher_logprobs[backend], teacher_logprobs["hf"], strict=True)
     )
-    print(f"{backend}: {worst:.1e} from hf")
     assert worst <= 1e-4
 
 
@@ -176,31 +175,30 @@ def trained(start, teacher_logprobs) -> dict[str, Trained]:
         for t, scores in zip(trajectories(), teacher_logprobs["hf"], strict=True)
     ]
     requests = [ScoreRequest(t.id, t.tokens, t.response_mask) for t in items]
+
+    def score(cluster: Any) -> list[np.ndarray]:
+        shares = [(share,) for share in rank_shares(requests, cluster.layout.dp_size)]
+        return [r.logprobs for r in undeal(cluster.call_shares("score", shares))]
+
+    def step(cluster: Any, loss: Loss, batch: list[Trajectory]) -> dict[str, float]:
+        rows = micro_batches(batch, cluster.config, cluster.layout.dp_size, "token-mean", LONGEST)
+        return cluster.call_shares("train_step", [(r, loss) for r in rows])[0]
+
     found = {}
     for backend in TRAINERS:
         config = train_config(backend)
         cluster = start("actor_train", TrainWorker, config)
         cluster.connect_ranks()
         cluster.call_all("setup", "student_train", config, STUDENT, 1.0, 10)
-        ranks = cluster.layout.dp_size
-
-        def score() -> list[np.ndarray]:
-            shares = [(share,) for share in rank_shares(requests, ranks)]
-            return [r.logprobs for r in undeal(cluster.call_shares("score", shares))]
-
-        def step(loss: Loss, batch: list[Trajectory]) -> dict[str, float]:
-            rows = micro_batches(batch, config, ranks, "token-mean", LONGEST)
-            return cluster.call_shares("train_step", [(r, loss) for r in rows])[0]
-
         streams = [w.export_weights.options(num_returns="streaming").remote(None, 1 << 20) for w in cluster.workers]
         buckets = [ray.get(ref) for stream in streams for ref in stream]
         exported = {name: raw.tobytes() for bucket in buckets for name, _, _, raw in bucket.tensors}
-        before = score()
+        before = score(cluster)
         batch = [dataclasses.replace(t, old_logprobs=x + 0.05) for t, x in zip(items, before, strict=True)]
         plain = [dataclasses.replace(t, teacher_scores={}, divergence_weights={}) for t in batch]
-        policy = step(Loss(), plain)
-        direct = step(Loss(divergence=DivergenceLoss("reverse_kl", "sampled", 0.5, True, None)), batch)
-        found[backend] = Trained(before, policy, direct, score(), exported)
+        policy = step(cluster, Loss(), plain)
+        direct = step(cluster, Loss(divergence=DivergenceLoss("reverse_kl", "sampled", 0.5, True, None)), batch)
+        found[backend] = Trained(before, policy, direct, score(cluster), exported)
         cluster.stop()
     return found
 
@@ -218,9 +216,6 @@ def test_trainers_agree(trained, backend: str) -> None:
         for name in ("loss", "grad_norm")
     }
     before, after = distance(ours.before, theirs.before), distance(ours.after, theirs.after)
-    print(
-        f"{backend}: logprobs {before:.1e}, " + ", ".join(f"{k} {v:.1e}" for k, v in relative.items()), f"{after:.1e}"
-    )
     assert before <= 1e-4
     assert max(relative.values()) <= 1e-3, relative
     # Adam's first step is the gradient's sign where the gradient is tiny: rounding decides a few weights.

@@ -139,8 +139,9 @@ def job(run: Run) -> Outcome:
     strategy.set_teacher_head("t", HeadWeights(raw_of(head), None, None))
 
     requests = [ScoreRequest(t.id, t.tokens, t.response_mask) for t in run.items]
-    scores = strategy.score(rank_shares(requests, layout.dp_size)[mine])
-    assert bool(scores) == (dist.get_rank() in layout.answers)
+    share = rank_shares(requests, layout.dp_size)[mine]
+    scores = strategy.score(share)
+    assert [s.id for s in scores] == [r.id for r in share if dist.get_rank() in layout.answers]
     rows = micro_batches(run.items, config, layout.dp_size, "token-mean", 64)[mine]
     refused = []
     if run.broken is not None:
@@ -299,6 +300,7 @@ PARTS = {
     "experts on all ranks": ("experts", DP),
     "experts in two parts": ("experts", Layout(2, {"expert_model_parallel_size": 2})),
     "experts and shards": ("experts", SP),
+    "experts in place of shards": ("experts", Layout(2, SP.settings | {"expert_model_parallel_size": 2})),
 }
 
 
@@ -443,7 +445,8 @@ def score_job(model: str, layout: Layout, requests: list[Any], wants: list[Any],
     held = strategy.finish_weight_update(1)
     assert held.keys() == sent.keys() and strategy.weight_dtype() == "float32"
     scores.append(strategy.score(mine))
-    assert all(bool(results) == (dist.get_rank() in shares.answers) for results in scores)
+    expected = [request.id for request in mine if dist.get_rank() in shares.answers]
+    assert all([result.id for result in results] == expected for results in scores)
     return head, scores, dict(held)
 
 

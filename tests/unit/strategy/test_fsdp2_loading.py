@@ -93,8 +93,13 @@ def test_what_transformers_converts_is_sent_from_rank_0(load, tmp_path: Path) ->
     """The experts of a mixture are one tensor each in the files and one tensor together in the model."""
     config = Qwen3MoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
     folder = saved(tmp_path, Qwen3MoeForCausalLM, config)
-    assert any("experts.3." in name for name in load_file(folder / "model.safetensors"))
-    assert_same_weights(load(folder), folder)
+    names = set(load_file(folder / "model.safetensors"))
+    assert any("experts.3." in name for name in names)
+    strategy = load(folder)
+    assert_same_weights(strategy, folder)
+    strategy.export_hf(str(folder / "again"))
+    assert set(load_file(folder / "again" / "model.safetensors")) == names
+    assert_same_weights(strategy, folder / "again")
 
 
 @pytest.mark.parametrize("damage", ["missing", "mismatched", "cut", "no weights", "garbage"])

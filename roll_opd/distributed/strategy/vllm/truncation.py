@@ -8,14 +8,17 @@ from numpy.typing import NDArray
 from roll_opd.distributed.strategy.base import Sampling
 
 NUCLEUS = 128
-"""Log-probabilities to ask for where top-p alone cuts, and nobody knows beforehand how many tokens it leaves."""
+"""Log-probabilities to ask for where nobody knows beforehand how many tokens matter: how many top-p leaves, or how many
+the normaliser at another temperature is made of."""
 
 
 def ranks_needed(sampling: Sampling) -> int:
     """How many of the most probable tokens :func:`kept_mass` has to know; 0 where sampling cuts nothing off."""
     if sampling.greedy or (sampling.top_p >= 1.0 and sampling.top_k <= 0):
         return 0
-    return sampling.top_k if sampling.top_k > 0 else NUCLEUS
+    if sampling.top_k > 0 and sampling.temperature == 1.0:
+        return sampling.top_k
+    return max(sampling.top_k, NUCLEUS)
 
 
 def kept_mass(best: NDArray[np.float64], sampling: Sampling, vocab_size: int) -> NDArray[np.float64]:
@@ -38,7 +41,10 @@ def kept_mass(best: NDArray[np.float64], sampling: Sampling, vocab_size: int) ->
     if vocab_size > ranks:
         total += _outside(1.0 - np.exp(best).sum(axis=1), vocab_size - ranks, np.exp(best[:, -1]), power)
     probs = weights / total[:, None]
-    held = probs.sum(axis=1) if sampling.top_k > 0 else np.ones(len(best))
+    held = np.ones(len(best))
+    if sampling.top_k > 0:
+        probs = probs[:, : sampling.top_k]
+        held = probs.sum(axis=1)
     before = probs.cumsum(axis=1) - probs
     keep = before < sampling.top_p * held[:, None]
     keep[:, 0] = True
