@@ -25,7 +25,7 @@ class VLLMSettings:
     max_num_seqs: int | None = ranged(None, ge=1)
     """Sequences that are decoded at once; null: vLLM's default."""
     max_num_batched_tokens: int | None = ranged(None, ge=1)
-    """Tokens of one engine step; null: vLLM's default."""
+    """Tokens of one engine step; null: vLLM's default, and 2048 for a model that only scores."""
     block_size: int | None = ranged(None, ge=1)
     """Tokens of a cache block; null: vLLM's default for the device."""
     enforce_eager: bool = False
@@ -33,7 +33,8 @@ class VLLMSettings:
     enable_prefix_caching: bool = True
     """Share the cache of equal prompts, as those of a group are."""
     enable_chunked_prefill: bool | None = None
-    """Cut long prompts into parts that share steps with decoding; null: vLLM's default."""
+    """Cut long prompts into parts that share steps with decoding; null: vLLM's default, off where a model generates
+    without CUDA (vLLM cannot do both there)."""
     load_format: Literal["auto", "dummy"] = "auto"
     """Where the first weights come from; the first weight update replaces them in either case."""
     sleep_level: Literal[1, 2] = 1

@@ -320,8 +320,8 @@ def test_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Parameters of the student: 320 x 96 tied, two layers of 2 x 96 x 24 x (4 + 2) + 3 x 96 x 256 + 2 x 96, norm 96.
-    parameters = 320 * 96 + 2 * (2 * 96 * 24 * 6 + 3 * 96 * 256 + 2 * 96) + 96
+    # Parameters of the student: 320 x 96 tied, two layers of 2 x 96 x 32 x (4 + 2) + 3 x 96 x 256 + 2 x 96, norm 96.
+    parameters = 320 * 96 + 2 * (2 * 96 * 32 * 6 + 3 * 96 * 256 + 2 * 96) + 96
     trained, sampled = 16 * parameters, 4 * parameters
     look_at = memory_checks.memory
     sizes = {"cpu": trained + sampled}
@@ -338,7 +338,7 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_of_a_device_is_for_one_role_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parameters = 320 * 96 + 2 * (2 * 96 * 24 * 6 + 3 * 96 * 256 + 2 * 96) + 96
+    parameters = 320 * 96 + 2 * (2 * 96 * 32 * 6 + 3 * 96 * 256 + 2 * 96) + 96
     look_at, room = memory_checks.memory, 16 * parameters
     sizes = {"0": room}
     monkeypatch.setattr(memory_checks, "_memory_of", lambda place, address: sizes.get(place))
@@ -364,7 +364,7 @@ def test_memory_of_a_device_is_for_one_role_at_a_time(tmp_path: Path, monkeypatc
 
 
 def test_memory_of_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parameters = 320 * 96 + 2 * (2 * 96 * 24 * 6 + 3 * 96 * 256 + 2 * 96) + 96
+    parameters = 320 * 96 + 2 * (2 * 96 * 32 * 6 + 3 * 96 * 256 + 2 * 96) + 96
     monkeypatch.setattr(memory_checks, "_memory_of", lambda place, address: 16.0 * parameters)
     engine = "student_infer.strategy_args={strategy_name: vllm, strategy_config: {gpu_memory_utilization: %s}}"
     own = ["student_infer.device_mapping=[1]"]

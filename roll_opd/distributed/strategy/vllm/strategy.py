@@ -115,7 +115,7 @@ class VLLMStrategy:
             )
         if rows > self.vocabulary.size:
             self._engine.worker_call("opd_mask_vocabulary", self.vocabulary.size)
-        self._engine.in_loop(self._serving.set)
+        self._engine.in_loop(self._open)
 
     # ---- sampling ----------------------------------------------------------------------------------------------------
 
@@ -253,7 +253,6 @@ class VLLMStrategy:
                 f"{self.role}: a vllm engine cannot hold a moving average of the student; use hf_infer"
             )
         assert self._engine.residence != "away", "a weight update of an engine that is not on its device"
-        self._updated = self._stale = self._updating = True
         self._engine.call("pause", self._pause)
         self._engine.worker_call("opd_begin_update")
 
@@ -277,13 +276,15 @@ class VLLMStrategy:
         for answer in self._engine.worker_call("opd_finish_update"):
             for name, checksum in answer.items():
                 held[name] = checksum if held.get(name, checksum) == checksum else HELD_OTHERWISE
-        self._updating = False
-        if HELD_OTHERWISE not in held.values():
+        if HELD_OTHERWISE in held.values():
+            self._updating = False
+        else:
             self._engine.call("resume", lambda: self._resume(version))
         return held
 
     async def _pause(self) -> None:
         self._serving.clear()
+        self._updated = self._stale = self._updating = True
         # The cache goes with the weights that it was computed with: requests that go on are computed anew.
         await self._engine.llm.pause_generation(mode="keep", clear_cache=True)
 
@@ -294,7 +295,7 @@ class VLLMStrategy:
         for name, response in self._in_flight.items():
             response.split(tokens.get(name), self.version)
         self.version = version
-        self._stale = False
+        self._stale = self._updating = False
         await self._engine.llm.resume_generation()
         self._open()
 
