@@ -101,5 +101,11 @@ class BaseConfig:
     """Seconds that one call to a worker (loading, scoring, training, weight transfer) and a silent engine may take."""
     model_update_buffer_size_mb: int = ranged(1024, ge=1)
     """MiB of weights that travel at once from training to generation."""
+    model_update_transport: Literal["auto", "host", "ipc", "nccl"] = "auto"
+    """How weights travel from training to generation, and to teachers that follow the student. `host`: through Ray's
+    object store, from anywhere to anywhere. `ipc`: handles of the trainer's GPU memory, to roles on the trainer's own
+    devices; needs `fsdp2_train`. `nccl`: from GPU to GPU, to roles on other devices than the trainer's; an engine that
+    dies during such an update ends the run, with the others it is replaced. `auto`: for each role `ipc` or `nccl` where
+    it can be, else `host`."""
     ray_args: RayArguments = field(default_factory=RayArguments)
     """The Ray cluster."""

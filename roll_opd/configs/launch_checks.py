@@ -15,6 +15,7 @@ from roll_opd.configs.data_args import DataArguments
 from roll_opd.configs.loader import LoadedConfig
 from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.configs.role_checks import NOT_YET_RUN, changed, role_blockers, role_unread
+from roll_opd.configs.transports import transports
 from roll_opd.configs.worker_config import WorkerConfig
 from roll_opd.errors import ConfigError
 
@@ -106,6 +107,7 @@ def launch_blockers(loaded: LoadedConfig) -> list[ConfigError]:
     for path, worker in launched_roles(config, names).items():
         found += role_blockers(config, worker, path)
     found += _forgetful_engine(config, names)
+    found += _transport(loaded)
     found += changed(config.actor_infer.generating_args, NOT_YET_GENERATING, f"{names['actor_infer']}.generating_args")
     if config.validation is not None:
         found += changed(config.validation.generating_args, NOT_YET_GENERATING, "validation.generating_args")
@@ -179,6 +181,19 @@ def _forgetful_engine(config: PipelineConfig, names: Mapping[str, str]) -> list[
     )
     field = f"{names['actor_infer']}.strategy_args.strategy_config.sleep_level"
     return [ConfigError(field, f"{problem} with them, which {NOT_YET_RUN}; use 1")]
+
+
+def _transport(loaded: LoadedConfig) -> list[ConfigError]:
+    """Weights that cannot travel as they are told to."""
+    config, names = loaded.config, loaded.yaml_names
+    asked = config.model_update_transport
+    roles = roles_of(config, names)
+    for path in weight_followers(loaded):
+        problems = transports(config.actor_train, roles[path])
+        if asked != "auto" and problems[asked]:
+            problem = f"{asked} cannot carry weights from {names['actor_train']} to {path}: {problems[asked]}"
+            return [ConfigError("model_update_transport", f"{problem}; use auto")]
+    return []
 
 
 def _strategies(loaded: LoadedConfig) -> list[ConfigError]:

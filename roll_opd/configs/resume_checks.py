@@ -19,7 +19,8 @@ from roll_opd.errors import ConfigError
 FREE = split_names("""
     max_steps save_steps eval_steps logging_steps max_ckpt_to_keep output_dir logging_dir checkpoint_config exp_name
     track_with tracker_kwargs html_samples resume_from_checkpoint rollout_dump_dir ray_args num_nodes num_gpus_per_node
-    preflight rpc_timeout model_update_buffer_size_mb system_envs val_batch_size render_save_dir
+    preflight rpc_timeout model_update_buffer_size_mb model_update_transport system_envs val_batch_size
+    render_save_dir
 """)
 # The same for the settings of a role.
 FREE_IN_ROLES = split_names("""

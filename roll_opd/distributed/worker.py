@@ -44,25 +44,9 @@ class Worker:
         logger.info("process %d on %s with %d thread(s)", os.getpid(), self.device, spec.threads)
 
     def open_rendezvous(self) -> tuple[str, int]:
-        """Start the key-value store through which the role's ranks find each other; rank 0 only.
-
-        The system chooses the port, so two runs on one machine never collide.
-        """
-        host = ray.util.get_node_ip_address()
-        # A socket of ours, because the store would listen on every interface.
-        listener = socket.socket()
-        listener.bind((host, 0))
-        listener.listen(self.spec.world_size)
-        port = int(listener.getsockname()[1])
-        self._store = dist.TCPStore(
-            host,
-            port,
-            self.spec.world_size,
-            is_master=True,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
-        return host, port
+        """Start the key-value store through which the role's ranks find each other; rank 0 only."""
+        self._store = open_store(self.spec.world_size)
+        return self._store.host, self._store.port
 
     def join(self, host: str, port: int, timeout_minutes: float) -> None:
         """Form the role's process group; all ranks."""
@@ -76,6 +60,22 @@ class Worker:
             world_size=self.spec.world_size,
             timeout=timedelta(minutes=timeout_minutes),
         )
+
+
+def open_store(clients: int) -> dist.TCPStore:
+    """Start a key-value store on this node's address, through which as many processes can find each other.
+
+    The system chooses the port, so two runs on one machine never collide.
+    """
+    host = ray.util.get_node_ip_address()
+    # A socket of ours, because the store would listen on every interface.
+    listener = socket.socket()
+    listener.bind((host, 0))
+    listener.listen(clients)
+    port = int(listener.getsockname()[1])
+    return dist.TCPStore(
+        host, port, clients, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
 
 
 def _interface_of(address: str) -> str | None:

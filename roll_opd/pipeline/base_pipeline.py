@@ -16,7 +16,8 @@ from roll_opd.configs import LoadedConfig, config_for_checkpoint_json, resume_co
 from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.datasets.prompts import Prompt
 from roll_opd.distributed.checkpoint import CONFIG_FILE, CheckpointFolder, read_json, read_state
-from roll_opd.distributed.weight_sync import WeightSync
+from roll_opd.distributed.cluster import Cluster
+from roll_opd.distributed.weight_sync import WeightSync, way_of
 from roll_opd.errors import ConfigError
 from roll_opd.pipeline.critic import Critic
 from roll_opd.pipeline.metrics import opd_metrics, rollout_metrics
@@ -186,17 +187,20 @@ class BasePipeline(ABC):
                 else:
                     logger.warning("%s holds no weights of teacher %s, which did not move then", resume_from, name)
             logger.info("resumed from %s: step %d comes next", resume_from, self.step)
-        bucket = self.config.model_update_buffer_size_mb << 20
-        self.weight_syncs = {"actor_infer": WeightSync(self.clusters.train, self.clusters.infer, bucket)}
+        self.weight_syncs = {"actor_infer": self._weight_sync(self.clusters.infer)}
         for name, teacher in self.moving.items():
             mix = 1.0 - teacher.teacher_args.ema_decay if teacher.teacher_args.self_teacher == "ema" else 1.0
-            target = self.clusters.scorers[name]
-            self.weight_syncs[TEACHER_ROLE + name] = WeightSync(self.clusters.train, target, bucket, mix)
+            self.weight_syncs[TEACHER_ROLE + name] = self._weight_sync(self.clusters.scorers[name], mix)
         self._ask_for_heads(name for name in self.config.teachers if name not in self.moving)
         self.stream = self.build_stream(self.clusters)
         stack.callback(self.stream.close)
         size = self.config.rollout_batch_size
         self.stream.start(self.prompt_of, size, self.next_draw, self.step, self.config.max_steps)
+
+    def _weight_sync(self, targets: Cluster, mix: float = 1.0) -> WeightSync:
+        train, bucket = self.clusters.train, self.config.model_update_buffer_size_mb << 20
+        way = way_of(train.config, targets.config, self.config.model_update_transport)
+        return WeightSync(train, targets, bucket, mix, way)
 
     def _ask_for_heads(self, names: Iterable[str]) -> None:
         """Have teachers give their output projections, which turn their hidden states into distributions."""

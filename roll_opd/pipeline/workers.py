@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import dataclasses
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, cast
 
 import ray
+import torch
 from ray.exceptions import ObjectLostError
 
 from roll_opd.algorithms.loss import Loss
@@ -25,7 +27,6 @@ from roll_opd.distributed.strategy.base import (
     ScoreStrategy,
     ScoreWant,
     TrainItem,
-    WeightBucket,
 )
 from roll_opd.distributed.strategy.factory import (
     build_infer_strategy,
@@ -33,7 +34,8 @@ from roll_opd.distributed.strategy.factory import (
     build_value_strategy,
 )
 from roll_opd.distributed.strategy.tokenizer import check_same_vocabulary, load_tokenizer, vocabulary_of
-from roll_opd.distributed.worker import Worker
+from roll_opd.distributed.strategy.weight_transfer import TransferEnd, Way, WeightBucket, in_buckets, pack
+from roll_opd.distributed.worker import Worker, open_store
 from roll_opd.trajectory import FloatArray, TrajectoryId
 
 T = TypeVar("T")
@@ -127,6 +129,14 @@ class InferWorker(Worker):
         """Precision in which weights are held here."""
         return self._engine.weight_dtype()
 
+    async def receivers(self) -> int:
+        """Processes here that take over weights, each for itself."""
+        return self._engine.receivers()
+
+    async def join_transfer(self, host: str, port: int, first_rank: int, size: int, timeout: float) -> None:
+        """Form a process group with the trainer."""
+        await self._call(self._engine.join_transfer, host, port, first_rank, size, timeout)
+
     async def begin_weight_update(self, version: int, mix: float) -> None:
         """Stop serving."""
         await self._call(self._engine.begin_weight_update, version, mix)
@@ -152,6 +162,9 @@ class TrainWorker(Worker):
             yaml_name, config, vocabulary, self.device, max_grad_norm=max_grad_norm, total_updates=total_updates
         )
         self._details: dict[DetailsKey, Any] = {}
+        self._end = TransferEnd(self.device)
+        # What receivers may still be copying: of the bucket that was yielded last, and of the one before.
+        self._sent: collections.deque[list[Any]] = collections.deque(maxlen=2)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
         """Score this rank's sequences."""
@@ -195,9 +208,42 @@ class TrainWorker(Worker):
         """Come back to the device."""
         self.strategy.onload(weights_only)
 
-    def export_weights(self, dtype: str | None, bucket_bytes: int) -> Iterator[WeightBucket]:
-        """Yield the weights, bucket by bucket."""
-        yield from self.strategy.export_weights(dtype, bucket_bytes)
+    def open_transfer(self, size: int) -> tuple[str, int]:
+        """Start the store through which this rank and those that receive from it form a group of ``size``."""
+        self._transfer_store = open_store(size)
+        return self._transfer_store.host, self._transfer_store.port
+
+    def join_transfer(self, host: str, port: int, size: int, timeout: float) -> None:
+        """Form the group, as its sender."""
+        self._end.join(host, port, 0, size, timeout)
+
+    def export_weights(self, dtype: str | None, bucket_bytes: int, way: Way | None) -> Iterator[WeightBucket]:
+        """Yield the weights, bucket by bucket.
+
+        With ``handles``, the caller must have done with a bucket before it asks for the next but one, and call
+        :meth:`end_transfer` at the end; every rank yields the same tensors. Otherwise rank 0 alone has any.
+
+        Args:
+            dtype: rounded to this, as torch names it; ``None``: as they are.
+            bucket_bytes: a bucket is closed once it holds as much.
+            way: how they travel; ``None``: take part, and send nothing.
+        """
+        weights = self.strategy.full_weights(dtype, everywhere=way == "handles")
+        for tensors in in_buckets(weights, bucket_bytes):
+            if way is not None:
+                bucket, kept = pack(tensors, way)
+                self._sent.append(kept)
+                yield bucket
+                if way == "group":
+                    self._end.broadcast(tensor for _, tensor in tensors)
+            # The next bucket is gathered before this name is used again.
+            del tensors
+
+    def end_transfer(self) -> None:
+        """Let go of what was sent by ``handles``."""
+        self._sent.clear()
+        if self.device.type == "cuda":
+            torch.cuda.ipc_collect()
 
     def save(self, folder: str) -> None:
         """Write this rank's part of a checkpoint."""

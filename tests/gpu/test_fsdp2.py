@@ -108,7 +108,7 @@ def test_a_trainer_gives_its_memory_back_and_goes_on(items, requests, settings) 
     assert gone >= held
     moved.onload(weights_only=True)
     assert torch.cuda.memory_allocated() < there or settings
-    assert list(moved.export_weights("bfloat16", 1 << 20))
+    assert list(moved.full_weights("bfloat16"))
     moved.offload()
     moved.onload()
     assert abs(torch.cuda.memory_allocated() - there) <= held / 10

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from roll_opd.configs import ModelArguments, StrategyArguments, WorkerConfig
-from roll_opd.distributed.strategy.base import GenerateRequest, GenerateResult, Sampling, WeightBucket
-from roll_opd.distributed.strategy.packed_model import as_bytes
+from roll_opd.distributed.strategy.base import GenerateRequest, GenerateResult, Sampling
 from roll_opd.distributed.strategy.tokenizer import vocabulary_of
 from roll_opd.distributed.strategy.vllm.strategy import VLLMStrategy
+from roll_opd.distributed.strategy.weight_transfer import pack
 from roll_opd.errors import GenerationError
 from roll_opd.trajectory import TrajectoryId
 
@@ -57,18 +57,17 @@ def respond(engine: VLLMStrategy) -> GenerateResult:
 
     async def first() -> GenerateResult:
         one = GenerateRequest(name, PROMPT, name.seed(1), Sampling(max_new_tokens=32))
-        return [result async for result in engine.generate([one])][0]
+        (result,) = [result async for result in engine.generate([one])]
+        return result
 
     return asyncio.run(first())
 
 
 def update(engine: VLLMStrategy, model: PreTrainedModel, version: int) -> None:
     """Checksums are read back from the device's memory, where fused layers lie as they are computed with."""
-    entries = [
-        (name, "float32", tuple(p.shape), as_bytes(p)) for name, p in model.named_parameters(remove_duplicate=False)
-    ]
+    entries = [([name], parameter) for name, parameter in model.named_parameters(remove_duplicate=False)]
     engine.begin_weight_update(version)
-    sent = engine.load_weights(WeightBucket.of(entries))
+    sent = engine.load_weights(pack(entries, "host")[0])
     assert engine.finish_weight_update(version) == sent
 
 

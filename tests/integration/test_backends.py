@@ -190,9 +190,11 @@ def trained(start, teacher_logprobs) -> dict[str, Trained]:
         cluster = start("actor_train", TrainWorker, config)
         cluster.connect_ranks()
         cluster.call_all("setup", "student_train", config, STUDENT, 1.0, 10)
-        streams = [w.export_weights.options(num_returns="streaming").remote(None, 1 << 20) for w in cluster.workers]
+        exports = [w.export_weights.options(num_returns="streaming") for w in cluster.workers]
+        streams = [export.remote(None, 1 << 20, "host") for export in exports]
         buckets = [ray.get(ref) for stream in streams for ref in stream]
-        exported = {name: raw.tobytes() for bucket in buckets for name, _, _, raw in bucket.tensors}
+        pairs = [pair for bucket in buckets for pair in zip(bucket.specs, bucket.raw, strict=True)]
+        exported = {name: raw.tobytes() for spec, raw in pairs for name in spec.names}
         before = score(cluster)
         batch = [dataclasses.replace(t, old_logprobs=x + 0.05) for t, x in zip(items, before, strict=True)]
         plain = [dataclasses.replace(t, teacher_scores={}, divergence_weights={}) for t in batch]

@@ -10,7 +10,7 @@ import pytest
 
 from roll_opd.algorithms.loss import Loss
 from roll_opd.configs import ModelArguments, StrategyArguments, TrainingArguments, WorkerConfig
-from roll_opd.distributed.strategy.base import ScoreRequest, ScoreResult, ScoreWant, WeightBucket
+from roll_opd.distributed.strategy.base import ScoreRequest, ScoreResult, ScoreWant
 from roll_opd.trajectory import Trajectory, TrajectoryId
 
 pytestmark = pytest.mark.integration
@@ -85,11 +85,7 @@ def train(path: str, settings: dict[str, Any], items: list[Trajectory], updates:
         if save and update == updates - 1:
             strategy.save(save)
         metrics.append(strategy.train_step(rows, Loss()))
-    weights = {
-        name: torch.from_numpy(raw).view(getattr(torch, dtype)).numpy().copy()
-        for bucket in strategy.export_weights(None, 1 << 14)
-        for name, dtype, _, raw in bucket.tensors
-    }
+    weights = {name: full.numpy().flatten() for names, full in strategy.full_weights(None) for name in names}
     return Trained(scores, metrics, weights)
 
 
@@ -124,7 +120,7 @@ def read(path: str) -> tuple[dict[str, np.ndarray], int]:
     return {name: full_tensor(p).numpy().copy() for name, p in named}, largest
 
 
-def infer(path: str, requests: list[list[ScoreRequest]], wants: list[ScoreWant], update: list[WeightBucket],
+def infer(path: str, requests: list[list[ScoreRequest]], wants: list[ScoreWant], update: list[Any],
           mix: float) -> tuple[list[list[ScoreResult]], Any, dict[str, int], list[ScoreResult]]:  # fmt: skip
     """Score this rank's share with each want; take over weights; score again."""
     import torch
@@ -297,16 +293,15 @@ def test_two_ranks_score_as_one(torch_ranks, tiny_models, items, mix: float) -> 
     import torch
     from safetensors.torch import load_file
 
+    from roll_opd.distributed.strategy.weight_transfer import pack
+
     files = load_file(Path(tiny_models.student) / "model.safetensors")
     moved = {
         name: (t.float() + 0.02 * torch.randn(t.shape, generator=torch.Generator().manual_seed(len(name)))).numpy()
         for name, t in files.items()
     }
     moved["lm_head.weight"] = moved["model.embed_tokens.weight"]
-    update = [
-        WeightBucket.of([(name, "float32", values.shape, values.reshape(-1).view(np.uint8))])
-        for name, values in moved.items()
-    ]
+    update = [pack([([name], torch.from_numpy(values))], "host")[0] for name, values in moved.items()]
 
     def ask(shares: list[list[ScoreRequest]]) -> tuple[list[list[ScoreResult]], list[Any]]:
         answers = torch_ranks.run(len(shares), infer, tiny_models.student, shares, WANTS, update, mix)

@@ -89,14 +89,8 @@ def worker_config(run: Run) -> WorkerConfig:
 
 
 def weights_of(strategy: Any) -> dict[str, np.ndarray]:
-    import torch
-
-    weights = {}
-    for bucket in strategy.export_weights(None, 1 << 14):
-        for name, dtype, shape, raw in bucket.tensors:
-            tensor = torch.from_numpy(raw).view(getattr(torch, dtype)).double().reshape(shape)
-            weights |= {n: t.numpy() for n, t in apart(name, tensor)}
-    return weights
+    pairs = [(name, tensor) for names, tensor in strategy.full_weights(None) for name in names]
+    return {n: t.numpy() for name, tensor in pairs for n, t in apart(name, tensor.double())}
 
 
 def apart(name: str, tensor: Any) -> Iterator[tuple[str, Any]]:
@@ -455,7 +449,7 @@ def new_weights(model: str, whole_experts: bool) -> list[Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from roll_opd.distributed.strategy.weight_export import weight_buckets
+    from roll_opd.distributed.strategy.weight_transfer import in_buckets, pack
 
     lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     random = torch.Generator().manual_seed(6)
@@ -465,7 +459,9 @@ def new_weights(model: str, whole_experts: bool) -> list[Any]:
     if not whole_experts:
         tensors = [pair for name, tensor in tensors for pair in apart(name, tensor)]
     aliases = {"model.embed_tokens.weight": ["lm_head.weight"]} if lm.config.tie_word_embeddings else {}
-    return list(weight_buckets(tensors, aliases, None, sum(t.nbytes for _, t in tensors) // 2))
+    named = [([name, *aliases.get(name, [])], tensor) for name, tensor in tensors]
+    halves = in_buckets(named, sum(t.nbytes for _, t in tensors) // 2)
+    return [pack(half, "host")[0] for half in halves]
 
 
 @pytest.mark.parametrize(("name", "layout"), [("tied", SP), ("untied", PP), ("experts", DP)])

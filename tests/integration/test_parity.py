@@ -107,9 +107,10 @@ def trainers(cluster, tmp_path_factory: pytest.TempPathFactory) -> dict:
 def weights_of(trainer) -> dict[str, np.ndarray]:
     import ray
 
-    refs = [w.export_weights.options(num_returns="streaming").remote(None, 1 << 30) for w in trainer.workers]
+    refs = [w.export_weights.options(num_returns="streaming").remote(None, 1 << 30, "host") for w in trainer.workers]
     buckets = [ray.get(ref) for stream in refs for ref in stream]
-    return {name: raw.view(np.float32).astype(np.float64) for b in buckets for name, dtype, _, raw in b.tensors}
+    pairs = [pair for b in buckets for pair in zip(b.specs, b.raw, strict=True)]
+    return {name: raw.view(np.float32).astype(np.float64) for spec, raw in pairs for name in spec.names}
 
 
 def scored(trainer, items: list[Trajectory]) -> list[Trajectory]:
@@ -345,4 +346,43 @@ def test_generator_equals_trainer_after_weight_sync(cluster, trainers: dict, ran
         sampled.append(dataclasses.replace(t, tokens=np.concatenate([prompt, result.response_ids]), response_mask=mask))
     for t in scored(trainer, sampled):
         np.testing.assert_allclose(t.old_logprobs[t.response_mask], results[t.id].infer_logprobs, atol=1e-4)
+    infer.stop()
+
+
+def test_weights_that_do_not_travel_as_bytes(cluster, trainers: dict) -> None:
+    """Two ranks train. Handles of their memory, and a process group with the generator, both twice, and anew."""
+    from roll_opd.distributed.strategy.base import ScoreRequest
+    from roll_opd.distributed.weight_sync import WeightSync
+    from roll_opd.pipeline.workers import InferWorker
+
+    trainer, items = trainers[2], trajectories(8)
+    config = WorkerConfig(name="student_infer", model_args=MODEL, world_size=2, infer_batch_size=8,
+                          strategy_args=StrategyArguments(strategy_name="hf_infer"))  # fmt: skip
+    infer = cluster("actor_infer", InferWorker, config)
+    infer.call_all("setup", "student_infer", config, MODEL, True, 64)
+    requests = [ScoreRequest(t.id, t.tokens, t.response_mask) for t in items]
+
+    def move() -> list[np.ndarray]:
+        changed = [dataclasses.replace(t, advantages=t.advantages * np.float32(20 / SCALE)) for t in items]
+        trainer.call_all("load", trainers["start"])
+        one_step(trainers, 2, scored(trainer, changed), "token-mean")
+        return [t.old_logprobs for t in scored(trainer, items)]
+
+    def back() -> list[np.ndarray]:
+        trainer.call_all("load", trainers["start"])
+        return [t.old_logprobs for t in scored(trainer, items)]
+
+    for way in ("handles", "group"):
+        sync = WeightSync(trainer, infer, bucket_bytes=1 << 16, way=way)
+        for version, change in enumerate((move, back, move)):
+            expected = change()
+            if version == 2:
+                sync._group = []  # as after an engine was replaced
+            before = infer.call_all("score", requests)
+            sync.sync(version)
+            for old, new in zip(before, infer.call_all("score", requests), strict=True):
+                for result, theirs in zip(new, expected, strict=True):
+                    np.testing.assert_allclose(result.logprobs, theirs, atol=1e-4)
+                moved = max(np.abs(a.logprobs - b.logprobs).max() for a, b in zip(old, new, strict=True))
+                assert moved > 0.1 or (way, version) == ("group", 0)  # there already
     infer.stop()

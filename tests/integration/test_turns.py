@@ -131,9 +131,9 @@ class SpiedTrain(Spied, TrainWorker):
         self.note("comes" if not weights_only else "comes with weights")
         super().onload(weights_only)
 
-    def export_weights(self, dtype, bucket_bytes):
+    def export_weights(self, dtype, bucket_bytes, way):
         self.note("export")
-        yield from super().export_weights(dtype, bucket_bytes)
+        yield from super().export_weights(dtype, bucket_bytes, way)
 
     def score(self, requests):
         self.note("score")

@@ -30,13 +30,13 @@ from roll_opd.distributed.strategy.base import (
     Sampling,
     ScoreRequest,
     ScoreWant,
-    WeightBucket,
 )
 from roll_opd.distributed.strategy.hf import HFStrategy
-from roll_opd.distributed.strategy.packed_model import as_bytes
 from roll_opd.distributed.strategy.tokenizer import vocabulary_of
 from roll_opd.distributed.strategy.vllm.strategy import VLLMStrategy
+from roll_opd.distributed.strategy.weight_transfer import TransferEnd, WeightBucket, pack
 from roll_opd.distributed.weight_sync import _compare
+from roll_opd.distributed.worker import open_store
 from roll_opd.errors import EngineDiedError, GenerationError, ModelError
 from roll_opd.trajectory import TrajectoryId
 
@@ -152,14 +152,19 @@ def check_against(lm: PreTrainedModel, requests: list[GenerateRequest], results:
         assert (result.weight_version == version).all() and len(result.weight_version) == len(result.response_ids)
 
 
+def entries_of(lm: PreTrainedModel) -> list[tuple[list[str], torch.Tensor]]:
+    """All names, tied ones twice."""
+    return [([name], p.detach().clone()) for name, p in lm.named_parameters(remove_duplicate=False)]
+
+
 def buckets_of(lm: PreTrainedModel, per_bucket: int = 3) -> list[WeightBucket]:
-    """All names, tied ones twice, cut through fused layers, as read-only bytes."""
-    entries = []
-    for name, parameter in lm.named_parameters(remove_duplicate=False):
-        raw = as_bytes(parameter).copy()
-        raw.setflags(write=False)
-        entries.append((name, "float32", tuple(parameter.shape), raw))
-    return [WeightBucket.of(entries[i : i + per_bucket]) for i in range(0, len(entries), per_bucket)]
+    """Cut through fused layers, as read-only bytes."""
+    entries = entries_of(lm)
+    buckets = [pack(entries[i : i + per_bucket], "host")[0] for i in range(0, len(entries), per_bucket)]
+    for bucket in buckets:
+        for raw in bucket.raw:
+            raw.setflags(write=False)
+    return buckets
 
 
 def update(strategy: VLLMStrategy, lm: PreTrainedModel, version: int) -> None:
@@ -377,6 +382,34 @@ def test_there_and_back_again(engine, model_a, model_b, prompts) -> None:
     np.testing.assert_allclose(score.logprobs[1:], logprobs[range(299), tokens[1:].tolist()], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("way", ["handles", "group"])
+def test_weights_that_do_not_come_as_bytes(engine, model_a, model_b, prompts, way) -> None:
+    """A trainer on the same device, whose memory the engine opens, or one in a process group with the engine."""
+    requests = [request(4, prompts[4])]
+    sender = TransferEnd(torch.device("cpu"))
+    if way == "group":
+        assert engine.receivers() == 1
+        store = open_store(2)
+        with ThreadPoolExecutor(1) as thread:
+            joining = thread.submit(engine.join_transfer, store.host, store.port, 1, 2, 60.0)
+            sender.join(store.host, store.port, 0, 2, 60.0)
+            joining.result()
+    for version, lm in ((5, model_b), (6, model_a)):
+        engine.begin_weight_update(version)
+        sent: dict[str, int] = {}
+        entries = entries_of(lm)
+        for some in (entries[:7], entries[7:]):
+            bucket, kept = pack(some, way)
+            with ThreadPoolExecutor(1) as thread:
+                loading = thread.submit(engine.load_weights, bucket)
+                if way == "group":
+                    sender.broadcast(tensor for _, tensor in some)
+                sent |= loading.result()
+            del kept
+        _compare(sent, engine.finish_weight_update(version), "student_infer-0", version)
+        check_against(lm, requests, run(engine, requests), version)
+
+
 def test_responses_in_flight_go_on_with_the_new_weights(engine, model_a, model_b, prompts) -> None:
     update(engine, model_a, 10)
     engine_stops, engine.vocabulary = engine.vocabulary, dataclasses.replace(engine.vocabulary, stop_ids=())
@@ -410,16 +443,15 @@ def test_responses_in_flight_go_on_with_the_new_weights(engine, model_a, model_b
 
 def test_what_was_not_sent_is_named_and_not_served(engine, model_a, model_b, prompts) -> None:
     """A tied head that is not the embedding, a layer's norm that never came, a part of a fused layer likewise."""
-    buckets = buckets_of(model_b, per_bucket=1)
-    entries = [b.tensors[0] for b in buckets]
+    entries = [(name, tensor) for (name,), tensor in entries_of(model_b)]
 
     def held_after(entries: list) -> tuple[dict[str, int], dict[str, int]]:
-        bucket = WeightBucket.of(entries)
+        bucket, _ = pack([([name], tensor) for name, tensor in entries], "host")
         engine.begin_weight_update(20)
         sent = engine.load_weights(bucket)
         return sent, dict(engine.finish_weight_update(20))
 
-    other_head = [(n, d, s, np.zeros_like(raw) if n == "lm_head.weight" else raw) for n, d, s, raw in entries]
+    other_head = [(n, torch.zeros_like(t) if n == "lm_head.weight" else t) for n, t in entries]
     with pytest.raises(GenerationError, match=r"other values than were sent in \['lm_head\.weight'\]"):
         _compare(*held_after(other_head), "student_infer-0", 20)
     with pytest.raises(GenerationError, match="no weights that could be served"):
@@ -472,10 +504,9 @@ def test_death_during_a_weight_update(engine, model_a, model_b, prompts) -> None
     update(engine, model_a, 40)
     buckets = buckets_of(model_b)
     engine.begin_weight_update(41)
-    number = np.ones(64, dtype=np.float32).view(np.uint8)
     for name in ("model.layers.7.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"):  # unknown; of another shape
         with pytest.raises(GenerationError, match="student_infer"):
-            engine.load_weights(WeightBucket.of([(name, "float32", (64,), number)]))
+            engine.load_weights(pack([([name], torch.ones(64))], "host")[0])
     core = engine_process()
     core.suspend()
     with ThreadPoolExecutor(1) as thread:

@@ -69,7 +69,10 @@ def size_problems(model: Mapping[str, Any], settings: MegatronSettings) -> Itera
     pipeline, parts = settings.pipeline_model_parallel_size, settings.virtual_pipeline_model_parallel_size or 1
     # What a file leaves out has transformers' default; it is not judged here.
     heads, layers = model.get("num_attention_heads", tensor), model.get("num_hidden_layers", pipeline * parts)
-    groups, count = model.get("num_key_value_heads") or heads, model.get("num_experts") or model.get("num_local_experts") or 0
+    groups, count = (
+        model.get("num_key_value_heads") or heads,
+        model.get("num_experts") or model.get("num_local_experts") or 0,
+    )
     rows = model.get("moe_intermediate_size" if count else "intermediate_size", tensor)
     if count and experts > 1:
         # Experts that have ranks of their own are not cut by the others.

@@ -8,12 +8,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from roll_opd.algorithms.loss import Loss
+from roll_opd.distributed.strategy.weight_transfer import WeightBucket
 from roll_opd.trajectory import (
     FinishReason,
     FloatArray,
@@ -137,22 +139,6 @@ class ScoreResult:
 
 
 @dataclass(frozen=True)
-class WeightBucket:
-    """Some of a model's tensors as raw bytes: ``(name, torch dtype name, shape, uint8 bytes)`` for each.
-
-    Bytes, because numpy has no bfloat16. ``checksums`` are the sender's.
-    """
-
-    tensors: tuple[tuple[str, str, tuple[int, ...], NDArray[np.uint8]], ...]
-    checksums: Mapping[str, int]
-
-    @classmethod
-    def of(cls, tensors: Sequence[tuple[str, str, tuple[int, ...], NDArray[np.uint8]]]) -> WeightBucket:
-        """Make a bucket on the sending side."""
-        return cls(tuple(tensors), {name: tensor_checksum(raw) for name, _, _, raw in tensors})
-
-
-@dataclass(frozen=True)
 class HeadWeights:
     """An output projection: ``weight [V, H]`` and ``bias [V]``, trimmed to the tokenizer's vocabulary."""
 
@@ -194,6 +180,22 @@ class TakesWeights(Protocol):
 
     def weight_dtype(self) -> str:
         """The dtype in which weights are held, as torch names it (``float32``)."""
+        ...
+
+    def receivers(self) -> int:
+        """Processes here that take over weights, each for itself: this one, or those of an engine."""
+        ...
+
+    def join_transfer(self, host: str, port: int, first_rank: int, size: int, timeout: float) -> None:
+        """Form a process group with the trainer; the receivers here are its ranks from ``first_rank`` on.
+
+        Args:
+            host: address of the group's store.
+            port: its port.
+            first_rank: > 0; 0 is the trainer's.
+            size: processes of the group.
+            timeout: seconds that one tensor may take.
+        """
         ...
 
     def begin_weight_update(self, version: int, mix: float = 1.0) -> None:
@@ -275,8 +277,18 @@ class TrainStrategy(Resident, Protocol):
         """Take over a teacher's output projection, for divergences over the whole vocabulary."""
         ...
 
-    def export_weights(self, dtype: str | None, bucket_bytes: int) -> Iterator[WeightBucket]:
-        """Yield all tensors under their Hugging Face names (rank 0; the others take part and yield nothing)."""
+    def full_weights(self, dtype: str | None, everywhere: bool = False) -> Iterator[tuple[list[str], Tensor]]:
+        """Yield each tensor, whole, with its Hugging Face names; a tied weight has several.
+
+        All ranks iterate to the end. Rank 0 alone gets tensors, or with ``everywhere`` each rank, on its own device.
+
+        Args:
+            dtype: rounded to this, as torch names it; ``None``: as they are.
+            everywhere: yield on every rank.
+
+        Raises:
+            TrainingError: the backend cannot do so everywhere.
+        """
         ...
 
     def save(self, folder: str) -> None:
@@ -290,8 +302,3 @@ class TrainStrategy(Resident, Protocol):
     def export_hf(self, folder: str) -> None:
         """Write the model in Hugging Face format."""
         ...
-
-
-def tensor_checksum(raw: NDArray[Any]) -> int:
-    """Checksum of a tensor's bytes; equal on both sides of a weight transfer."""
-    return zlib.crc32(np.ascontiguousarray(raw).view(np.uint8).reshape(-1).data)

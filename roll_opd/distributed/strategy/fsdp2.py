@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,10 +19,9 @@ from roll_opd.distributed.strategy.base import (
     ScoreResult,
     ScoreWant,
     TrainItem,
-    WeightBucket,
 )
-from roll_opd.distributed.strategy.loss_inputs import RowTensors
-from roll_opd.distributed.strategy.packed_model import as_bytes, head_of, packed_model_of
+from roll_opd.distributed.strategy.loss_inputs import row_loss
+from roll_opd.distributed.strategy.packed_model import head_of, packed_model_of
 from roll_opd.distributed.strategy.pretrained import DTYPES, Checkpoint
 from roll_opd.distributed.strategy.scoring import score_row
 from roll_opd.distributed.strategy.sharded_trainer import ShardedTrainer, disk_errors
@@ -94,40 +91,19 @@ class FSDP2Strategy:
         ratios = [0.0]
 
         def loss_of(items: Sequence[TrainItem]) -> tuple[Tensor, dict[str, Tensor]]:
-            total, stats = self._micro_batch_loss(items, loss)
+            total, stats = row_loss(self.model, items, loss, self._teacher_heads, self.device)
             if stats["ratio"].numel():
                 ratios.append(float(stats["ratio"].max()))
             return total, stats
 
         return self.trainer.update(micro_batches, loss_of) | {"max/ratio": max(ratios)}
 
-    def _micro_batch_loss(self, items: Sequence[TrainItem], loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
-        row = RowTensors(items, loss, self._teacher_heads, self.device)
-        outputs, _ = self.model.token_logprobs(row.batch, row.targets)
-        losses, stats = loss(row.inputs(outputs))
-        counted = row.token_weights > 0
-        stats = {name: values[counted] for name, values in stats.items()}
-        stats["entropy"] = outputs.entropy_n.detach()[counted]
-        stats["tokens"] = counted.float()
-        return (losses * row.token_weights).sum(), stats
-
     # ---- weights -------------------------------------------------------------------------------------------------
 
-    def export_weights(self, dtype: str | None, bucket_bytes: int) -> Iterator[WeightBucket]:
-        """See :class:`~roll_opd.distributed.strategy.base.TrainStrategy`; tied weights are sent under both names."""
-        bucket: list[tuple[str, str, tuple[int, ...], np.ndarray[Any, Any]]] = []
-        size = 0
-        for name, full in self.trainer.full_parameters(self.model.lm):
-            full = full.to(getattr(torch, dtype)) if dtype else full
-            raw = as_bytes(full)
-            for alias in [name, *self._tied.get(name, [])]:
-                bucket.append((alias, str(full.dtype).removeprefix("torch."), tuple(full.shape), raw))
-            size += raw.nbytes
-            if size >= bucket_bytes:
-                yield WeightBucket.of(bucket)
-                bucket, size = [], 0
-        if bucket:
-            yield WeightBucket.of(bucket)
+    def full_weights(self, dtype: str | None, everywhere: bool = False) -> Iterator[tuple[list[str], Tensor]]:
+        """See :class:`~roll_opd.distributed.strategy.base.TrainStrategy`."""
+        for name, full in self.trainer.full_parameters(self.model.lm, everywhere):
+            yield [name, *self._tied.get(name, [])], full.to(getattr(torch, dtype)) if dtype else full
 
     def export_hf(self, folder: str) -> None:
         """See :class:`~roll_opd.distributed.strategy.base.TrainStrategy`; weights are written in the model's dtype."""

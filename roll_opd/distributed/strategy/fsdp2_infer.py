@@ -18,14 +18,13 @@ from roll_opd.distributed.strategy.base import (
     ScoreRequest,
     ScoreResult,
     ScoreWant,
-    WeightBucket,
-    tensor_checksum,
 )
-from roll_opd.distributed.strategy.packed_model import as_bytes, packed_model_of, raw_of
+from roll_opd.distributed.strategy.packed_model import packed_model_of, raw_of
 from roll_opd.distributed.strategy.pretrained import Checkpoint
 from roll_opd.distributed.strategy.scoring import score_row
 from roll_opd.distributed.strategy.sharded_model import ShardedModel, disk_errors, full_tensor
 from roll_opd.distributed.strategy.tokenizer import Vocabulary
+from roll_opd.distributed.strategy.weight_transfer import TransferEnd, WeightBucket, tensor_checksum
 from roll_opd.distributed.strategy.weight_update import WeightUpdate
 
 
@@ -48,7 +47,8 @@ class FSDP2InferStrategy:
         self.sharded = ShardedModel(config, checkpoint, self.model, self.model.lm, trains=False)
         self._dtype = checkpoint.dtype
         self._parameters = dict(self.model.lm.named_parameters(remove_duplicate=False))
-        self._update = WeightUpdate(self._parameters, mix=1.0)
+        self._end = TransferEnd(device)
+        self._update = WeightUpdate(self._parameters, self._end)
 
     def score(self, requests: Sequence[ScoreRequest], want: ScoreWant = SAMPLED_ONLY) -> list[ScoreResult]:
         """See :class:`~roll_opd.distributed.strategy.base.ScoreStrategy`; ``requests`` are this rank's."""
@@ -79,9 +79,17 @@ class FSDP2InferStrategy:
         """The dtype in which weights should be sent here, as torch names it."""
         return str(self._dtype).removeprefix("torch.")
 
+    def receivers(self) -> int:
+        """See :class:`~roll_opd.distributed.strategy.base.TakesWeights`; of this rank."""
+        return 1
+
+    def join_transfer(self, host: str, port: int, first_rank: int, size: int, timeout: float) -> None:
+        """See :class:`~roll_opd.distributed.strategy.base.TakesWeights`."""
+        self._end.join(host, port, first_rank, size, timeout)
+
     def begin_weight_update(self, version: int, mix: float = 1.0) -> None:
         """Take over weights until :meth:`finish_weight_update`; ``mix`` is their share in what is then held."""
-        self._update = WeightUpdate(self._parameters, mix)
+        self._update = WeightUpdate(self._parameters, self._end, mix)
 
     def load_weights(self, bucket: WeightBucket) -> dict[str, int]:
         """Take over this rank's shards of the tensors of ``bucket``; return the checksums that its sender gave."""
@@ -89,7 +97,7 @@ class FSDP2InferStrategy:
 
     def finish_weight_update(self, version: int) -> Mapping[str, int]:
         """Return the checksum of each tensor as the ranks now hold it together."""
-        sums = {id(p): tensor_checksum(as_bytes(full_tensor(p))) for p in self.model.lm.parameters()}
+        sums = {id(p): tensor_checksum(full_tensor(p)) for p in self.model.lm.parameters()}
         return {name: sums[id(p)] for name, p in self._parameters.items()}
 
     # ---- residence -----------------------------------------------------------------------------------------------

@@ -21,13 +21,12 @@ from roll_opd.distributed.strategy.base import (
     ScoreRequest,
     ScoreResult,
     ScoreWant,
-    WeightBucket,
-    tensor_checksum,
 )
 from roll_opd.distributed.strategy.decoding import DecodingLoop
-from roll_opd.distributed.strategy.packed_model import PackedModel, as_bytes, load_model, raw_of
+from roll_opd.distributed.strategy.packed_model import PackedModel, load_model, raw_of
 from roll_opd.distributed.strategy.scoring import in_order_of, rows_of, score_row
 from roll_opd.distributed.strategy.tokenizer import Vocabulary
+from roll_opd.distributed.strategy.weight_transfer import TransferEnd, WeightBucket, tensor_checksum
 from roll_opd.distributed.strategy.weight_update import WeightUpdate
 from roll_opd.errors import GenerationError, ModelError
 
@@ -73,7 +72,8 @@ class HFStrategy:
         # One request list, scoring call or weight update at a time: they share the weights and the cores.
         self._lock = threading.Lock()
         self._parameters = dict(self.model.lm.named_parameters(remove_duplicate=False))
-        self._update = WeightUpdate(self._parameters, mix=1.0)
+        self._end = TransferEnd(device)
+        self._update = WeightUpdate(self._parameters, self._end)
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[GenerateResult]:
         """See :class:`~roll_opd.distributed.strategy.base.GenerateStrategy`; the work is done in a thread."""
@@ -147,7 +147,7 @@ class HFStrategy:
     def begin_weight_update(self, version: int, mix: float = 1.0) -> None:
         """See :class:`~roll_opd.distributed.strategy.base.GenerateStrategy`; waits for what is being generated."""
         self._lock.acquire()
-        self._update = WeightUpdate(self._parameters, mix)
+        self._update = WeightUpdate(self._parameters, self._end, mix)
 
     def load_weights(self, bucket: WeightBucket) -> dict[str, int]:
         """See :class:`~roll_opd.distributed.strategy.base.GenerateStrategy`; in place."""
@@ -156,13 +156,21 @@ class HFStrategy:
     def finish_weight_update(self, version: int) -> Mapping[str, int]:
         """See :class:`~roll_opd.distributed.strategy.base.GenerateStrategy`."""
         self.version = version
-        sums = {name: tensor_checksum(as_bytes(p)) for name, p in self._parameters.items()}
+        sums = {name: tensor_checksum(p) for name, p in self._parameters.items()}
         self._lock.release()
         return sums
 
     def weight_dtype(self) -> str:
         """The dtype in which weights should be sent here, as torch names it."""
         return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
+    def receivers(self) -> int:
+        """See :class:`~roll_opd.distributed.strategy.base.TakesWeights`."""
+        return 1
+
+    def join_transfer(self, host: str, port: int, first_rank: int, size: int, timeout: float) -> None:
+        """See :class:`~roll_opd.distributed.strategy.base.TakesWeights`."""
+        self._end.join(host, port, first_rank, size, timeout)
 
 
 def _batches(requests: Sequence[GenerateRequest], size: int) -> Iterator[list[GenerateRequest]]:

@@ -21,6 +21,7 @@ from roll_opd.algorithms.chunked_head import FullTarget, Head, HeadOutputs, Supp
 from roll_opd.configs.model_args import ModelArguments
 from roll_opd.distributed.strategy.base import HeadWeights
 from roll_opd.distributed.strategy.pretrained import Checkpoint
+from roll_opd.distributed.strategy.weight_transfer import as_bytes
 from roll_opd.errors import ModelError
 from roll_opd.trajectory import PackedBatch, RawTensor
 
@@ -237,8 +238,3 @@ def head_of(weights: HeadWeights, device: torch.device) -> Head:
     """Rebuild another model's output projection from what travelled."""
     bias = None if weights.bias is None else tensor_of(weights.bias, device)
     return Head(tensor_of(weights.weight, device), bias, weights.soft_cap)
-
-
-def as_bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """View a tensor's values as bytes, on the CPU."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

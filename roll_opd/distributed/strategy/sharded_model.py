@@ -153,21 +153,23 @@ class ShardedModel:
 
     # ---- weights -------------------------------------------------------------------------------------------------
 
-    def full_parameters(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    def full_parameters(self, module: nn.Module, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and the whole of each parameter of ``module``, as the checkpoint would hold it.
 
-        Adapters are added to the weights that they belong to, in the precision of the parameters. Rank 0 alone gets
-        something; the others take part.
+        Adapters are added to the weights that they belong to, in the precision of the parameters. Unless it is wanted
+        ``everywhere``, rank 0 alone gets something; the others take part.
         """
-        pairs = self._gathered(module)
+        pairs = self._gathered(module, everywhere=everywhere)
         yield from self.adapters.merged(pairs, module) if self.adapters else pairs
 
-    def _gathered(self, module: nn.Module, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
+    def _gathered(
+        self, module: nn.Module, *, trained: bool = False, everywhere: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
         assert not self._weights.away, f"{self.role} has left its device"
         for name, parameter in module.named_parameters():
             if parameter.requires_grad or not trained:
                 whole = full_tensor(parameter)
-                if self.rank == 0:
+                if everywhere or self.rank == 0:
                     yield name, whole
 
     def export_adapters(self, folder: str) -> None:

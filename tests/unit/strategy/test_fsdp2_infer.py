@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from roll_opd.distributed.strategy.base import ScoreRequest, ScoreWant, WeightBucket
+from roll_opd.distributed.strategy.base import ScoreRequest, ScoreWant
 from roll_opd.distributed.strategy.fsdp2_infer import FSDP2InferStrategy
-from roll_opd.distributed.strategy.packed_model import as_bytes, head_of
+from roll_opd.distributed.strategy.packed_model import head_of
+from roll_opd.distributed.strategy.weight_transfer import WeightBucket, pack
 from roll_opd.errors import GenerationError
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -98,8 +99,8 @@ def buckets(strategy, change: float) -> tuple[list[WeightBucket], dict[str, torc
     """The strategy's weights, all moved by ``change``, a few to a bucket."""
     lm = strategy.model.lm
     new = {n: p.full_tensor() + change for n, p in lm.named_parameters(remove_duplicate=False)}
-    tensors = [(n, "float32", tuple(t.shape), as_bytes(t).copy()) for n, t in new.items()]
-    return [WeightBucket.of(tensors[i : i + 5]) for i in range(0, len(tensors), 5)], new
+    tensors = [([n], t) for n, t in new.items()]
+    return [pack(tensors[i : i + 5], "host")[0] for i in range(0, len(tensors), 5)], new
 
 
 @pytest.mark.parametrize("which", ["tied", "untied"])
@@ -124,11 +125,10 @@ def test_weights_are_taken_over_or_mixed(load, tiny_models, random_model, which,
 def test_an_update_of_another_model_is_refused(load, random_model) -> None:
     strategy = load(random_model)
     strategy.begin_weight_update(1)
-    raw = np.zeros(4, np.uint8)
     with pytest.raises(GenerationError, match=r"no parameter 'model\.layers\.7\.x'"):
-        strategy.load_weights(WeightBucket.of([("model.layers.7.x", "float32", (1,), raw)]))
+        strategy.load_weights(pack([(["model.layers.7.x"], torch.zeros(1))], "host")[0])
     with pytest.raises(GenerationError, match=r"model\.norm\.weight' is \(1,\) in training, \(32,\)"):
-        strategy.load_weights(WeightBucket.of([("model.norm.weight", "float32", (1,), raw)]))
+        strategy.load_weights(pack([(["model.norm.weight"], torch.zeros(1))], "host")[0])
 
 
 @pytest.mark.parametrize("which", ["tied", "untied"])

@@ -45,11 +45,7 @@ def step(strategy, items) -> dict[str, float]:
 
 def sent(strategy) -> dict[str, torch.Tensor]:
     """What a generator would get."""
-    return {
-        name: torch.from_numpy(raw.copy()).view(getattr(torch, dtype)).reshape(shape)
-        for bucket in strategy.export_weights(None, 1 << 14)
-        for name, dtype, shape, raw in bucket.tensors
-    }
+    return {name: tensor.clone() for names, tensor in strategy.full_weights(None) for name in names}
 
 
 def parameters(strategy) -> dict[str, torch.Tensor]:

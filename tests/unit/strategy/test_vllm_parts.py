@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field
 
@@ -12,13 +13,12 @@ import torch
 from roll_opd.algorithms.sampler import sample
 from roll_opd.configs import ModelArguments, StrategyArguments, WorkerConfig
 from roll_opd.configs.backends.vllm import VLLMSettings
-from roll_opd.distributed.strategy.base import GenerateRequest, Sampling, WeightBucket
-from roll_opd.distributed.strategy.packed_model import as_bytes
+from roll_opd.distributed.strategy.base import GenerateRequest, Sampling
 from roll_opd.distributed.strategy.tokenizer import Vocabulary
 from roll_opd.distributed.strategy.vllm.engine import engine_arguments, set_environment
-from roll_opd.distributed.strategy.vllm.shared_memory import spooled, tensors_in
 from roll_opd.distributed.strategy.vllm.strategy import _Response
 from roll_opd.distributed.strategy.vllm.truncation import NUCLEUS, kept_mass, ranks_needed
+from roll_opd.distributed.strategy.weight_transfer import TransferEnd, WeightBucket, in_shared_memory, pack
 from roll_opd.errors import ConfigError, GenerationError
 from roll_opd.trajectory import TrajectoryId
 
@@ -162,13 +162,15 @@ def test_tensors_go_through_shared_memory_bit_for_bit_and_leave_nothing() -> Non
         "c": torch.tensor(2.5, dtype=torch.float16),
         "d": torch.randn(64, 3, generator=random).bfloat16(),
     }
-    entries = [(n, str(t.dtype).removeprefix("torch."), tuple(t.shape), as_bytes(t)) for n, t in tensors.items()]
-    for *_, raw in entries:
+    bucket, _ = pack([([name], tensor) for name, tensor in tensors.items()], "host")
+    for raw in bucket.raw:
         raw.setflags(write=False)
-    with spooled(WeightBucket.of(entries)) as file:
-        # As they cross to another process: lists in place of tuples.
-        received = list(tensors_in(file.path, file.size, [[*entry] for entry in file.entries]))
-    assert not os.path.exists(file.path)
+    given, file = in_shared_memory(bucket)
+    # As it crosses to another process: lists in place of tuples.
+    handles = json.loads(json.dumps(given.handles))
+    received = list(TransferEnd(CPU).tensors_of(WeightBucket(given.specs, {}, handles=handles)))
+    file.close()
+    assert not os.path.exists(file.place.path)
     assert [name for name, _ in received] == list(tensors)
     for name, tensor in received:
         assert torch.equal(tensor, tensors[name]) and tensor.dtype == tensors[name].dtype

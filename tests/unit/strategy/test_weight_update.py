@@ -8,20 +8,23 @@ import numpy as np
 import pytest
 import torch
 
-from roll_opd.distributed.strategy.base import WeightBucket, tensor_checksum
-from roll_opd.distributed.strategy.hf import as_bytes
+from roll_opd.distributed.strategy.weight_transfer import WeightBucket, pack, tensor_checksum
 from roll_opd.distributed.weight_sync import _compare
 from roll_opd.errors import GenerationError
 
 
 def buckets_of(lm: torch.nn.Module, dtype: torch.dtype, per_bucket: int = 3) -> list[WeightBucket]:
     """All names, tied ones twice, as read-only bytes: what arrives from Ray's object store."""
-    entries = []
-    for name, parameter in lm.named_parameters(remove_duplicate=False):
-        raw = as_bytes(parameter.to(dtype)).copy()
-        raw.setflags(write=False)
-        entries.append((name, str(dtype).removeprefix("torch."), tuple(parameter.shape), raw))
-    return [WeightBucket.of(entries[i : i + per_bucket]) for i in range(0, len(entries), per_bucket)]
+    entries = [([n], p.detach().to(dtype, copy=True)) for n, p in lm.named_parameters(remove_duplicate=False)]
+    buckets = [pack(entries[i : i + per_bucket], "host")[0] for i in range(0, len(entries), per_bucket)]
+    for bucket in buckets:
+        for raw in bucket.raw:
+            raw.setflags(write=False)
+    return buckets
+
+
+def bucket_of(name: str, tensor: torch.Tensor) -> WeightBucket:
+    return pack([([name], tensor)], "host")[0]
 
 
 def changed(lm: torch.nn.Module) -> torch.nn.Module:
@@ -55,7 +58,7 @@ def test_held_equals_sent(make_strategy, tiny_models, random_model, sequences, t
         buckets = buckets_of(source, torch.float32)
         sent, held = update(strategy, buckets, version)
         assert sent == held and set(held) == set(names)
-        assert sent == {n: tensor_checksum(raw) for b in buckets for n, _, _, raw in b.tensors}
+        assert sent == {n: tensor_checksum(p) for n, p in source.named_parameters(remove_duplicate=False)}
         assert strategy.version == version
         for name, parameter in source.named_parameters(remove_duplicate=False):
             assert torch.equal(names[name], parameter)
@@ -79,9 +82,8 @@ def test_bf16_travels_as_bytes(vocabulary, tiny_models) -> None:
 def test_tied_weights_that_disagree_are_noticed(make_strategy, tiny_models) -> None:
     strategy = make_strategy(tiny_models.student)
     buckets = buckets_of(strategy.model.lm, torch.float32, per_bucket=1)
-    (head,) = (b.tensors[0] for b in buckets if b.tensors[0][0] == "lm_head.weight")
-    other = (head[0], head[1], head[2], np.zeros_like(head[3]))
-    sent, held = update(strategy, [*buckets, WeightBucket.of((other,))], 1)
+    head = bucket_of("lm_head.weight", torch.zeros_like(strategy.model.lm.lm_head.weight))
+    sent, held = update(strategy, [*buckets, head], 1)
     with pytest.raises(GenerationError, match="other values than were sent"):
         _compare(sent, held, "actor_infer-0", 1)
 
@@ -90,14 +92,14 @@ def test_a_tensor_of_another_shape_does_not_pass(make_strategy, random_model) ->
     strategy = make_strategy(random_model)
     buckets = buckets_of(strategy.model.lm, torch.float32, per_bucket=1)
     # One row of 32 numbers, which a copy would repeat over all 320 rows.
-    row = np.ones(32, dtype=np.float32).view(np.uint8)
+    row = bucket_of("lm_head.weight", torch.ones(32))
     with pytest.raises(GenerationError, match=r"lm_head\.weight.*\(32,\).*\(320, 32\)"):
-        update(strategy, [*buckets, WeightBucket.of((("lm_head.weight", "float32", (32,), row),))], 1)
+        update(strategy, [*buckets, row], 1)
 
 
 def test_an_unknown_parameter_is_refused(make_strategy, random_model) -> None:
     strategy = make_strategy(random_model)
-    bucket = WeightBucket.of((("model.layers.7.up_proj.weight", "float32", (1,), np.zeros(4, dtype=np.uint8)),))
+    bucket = bucket_of("model.layers.7.up_proj.weight", torch.zeros(1))
     with pytest.raises(GenerationError, match=r"model\.layers\.7\.up_proj\.weight"):
         strategy.load_weights(bucket)
 

@@ -25,21 +25,20 @@ from roll_opd.distributed.strategy.base import (
     ScoreResult,
     ScoreWant,
     TrainItem,
-    WeightBucket,
-    tensor_checksum,
 )
 from roll_opd.distributed.strategy.loss_inputs import row_loss
 from roll_opd.distributed.strategy.megatron.model import MegatronChunk, load_chunks, whole_head
 from roll_opd.distributed.strategy.megatron.parallel import initialize
 from roll_opd.distributed.strategy.megatron.shim import cuda_shim
 from roll_opd.distributed.strategy.megatron.trainer import MegatronTrainer, microbatches_in_step, run_pipeline
-from roll_opd.distributed.strategy.packed_model import as_bytes, head_of, raw_of, tensor_of
+from roll_opd.distributed.strategy.packed_model import head_of, raw_of
 from roll_opd.distributed.strategy.pretrained import DTYPES
 from roll_opd.distributed.strategy.residence import Residence
 from roll_opd.distributed.strategy.scoring import idle_request, in_order_of, rows_of, score_row
 from roll_opd.distributed.strategy.sharded_model import disk_errors
 from roll_opd.distributed.strategy.tokenizer import Vocabulary
-from roll_opd.distributed.strategy.weight_export import weight_buckets
+from roll_opd.distributed.strategy.weight_transfer import TransferEnd, WeightBucket, tensor_checksum
+from roll_opd.errors import TrainingError
 from roll_opd.trajectory import BoolArray, IntArray, PackedBatch, RawTensor
 
 
@@ -201,10 +200,16 @@ class MegatronTrainStrategy:
 
     # ---- weights -------------------------------------------------------------------------------------------------
 
-    def export_weights(self, dtype: str | None, bucket_bytes: int) -> Iterator[WeightBucket]:
-        """See :class:`~roll_opd.distributed.strategy.base.TrainStrategy`; tied weights are sent under both names."""
+    def full_weights(self, dtype: str | None, everywhere: bool = False) -> Iterator[tuple[list[str], Tensor]]:
+        """See :class:`~roll_opd.distributed.strategy.base.TrainStrategy`; never everywhere."""
+        if everywhere:
+            raise TrainingError(
+                "megatron_train gathers whole weights on its first rank alone and cannot hand them over on each "
+                "device; use model_update_transport: host, or nccl"
+            )
         bridge = self.model.bridge
-        yield from weight_buckets(bridge.export(self.model.chunks), bridge.aliases, dtype, bucket_bytes)
+        for name, tensor in bridge.export(self.model.chunks):
+            yield [name, *bridge.aliases.get(name, [])], tensor.to(getattr(torch, dtype)) if dtype else tensor
 
     def export_hf(self, folder: str) -> None:
         """See :class:`~roll_opd.distributed.strategy.base.TrainStrategy`; weights are written in the model's dtype."""
@@ -258,6 +263,7 @@ class MegatronInferStrategy:
         self.device = device
         self.model = _MegatronModel(role, config, vocabulary, device, trains=False)
         self._residence = Residence()
+        self._end = TransferEnd(device)
         self._mix = 1.0
         self._received: list[str] = []
 
@@ -291,29 +297,36 @@ class MegatronInferStrategy:
         """The dtype in which weights should be sent here, as torch names it."""
         return str(DTYPES[self.model.config.model_args.dtype]).removeprefix("torch.")
 
+    def receivers(self) -> int:
+        """See :class:`~roll_opd.distributed.strategy.base.TakesWeights`; of this rank."""
+        return 1
+
+    def join_transfer(self, host: str, port: int, first_rank: int, size: int, timeout: float) -> None:
+        """See :class:`~roll_opd.distributed.strategy.base.TakesWeights`."""
+        self._end.join(host, port, first_rank, size, timeout)
+
     def begin_weight_update(self, version: int, mix: float = 1.0) -> None:
         """Take over weights until :meth:`finish_weight_update`; ``mix`` is their share in what is then held."""
         self._mix, self._received = mix, []
 
     def load_weights(self, bucket: WeightBucket) -> dict[str, int]:
         """Take over this rank's part of the tensors of ``bucket``; return the checksums that its sender gave."""
-        self._received += [name for name, *_ in bucket.tensors]
-        tensors = (
-            (name, tensor_of(RawTensor(dtype, shape, raw), self.device)) for name, dtype, shape, raw in bucket.tensors
-        )
-        self.model.bridge.put(self.model.chunks, tensors, self._mix)
+        self._received += [name for spec in bucket.specs for name in spec.names]
+        self.model.bridge.put(self.model.chunks, self._end.tensors_of(bucket), self._mix)
         return dict(bucket.checksums)
 
     def finish_weight_update(self, version: int) -> Mapping[str, int]:
         """Return the checksum of each tensor as the ranks now hold it together."""
         held: dict[str, int] = {}
         for name, tensor in self.model.bridge.export(self.model.chunks):
-            checksum = tensor_checksum(as_bytes(tensor))
+            checksum = tensor_checksum(tensor)
             held |= dict.fromkeys([name, *self.model.bridge.aliases.get(name, [])], checksum)
         # Rank 0 alone has seen whole tensors. All ranks received the same ones, in the same order.
-        sums = torch.tensor([held.get(name, -1) for name in self._received], device=self.device)
-        dist.broadcast(sums, 0)
-        return held or dict(zip(self._received, sums.tolist(), strict=True))
+        sums = np.array([held.get(name, 0) for name in self._received], dtype=np.uint64)
+        # Collectives know no unsigned numbers.
+        shared = torch.from_numpy(sums.view(np.int64)).to(self.device)
+        dist.broadcast(shared, 0)
+        return held or dict(zip(self._received, shared.cpu().numpy().view(np.uint64).tolist(), strict=True))
 
     # ---- residence -----------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ differently. Padding of the model's head takes no part in any softmax.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
@@ -35,14 +36,13 @@ from roll_opd.distributed.strategy.base import (
     ScoreRequest,
     ScoreResult,
     ScoreWant,
-    WeightBucket,
 )
 from roll_opd.distributed.strategy.decoding import has_stop_string
 from roll_opd.distributed.strategy.prompt_logprobs import check_want, score_result
 from roll_opd.distributed.strategy.tokenizer import Vocabulary
 from roll_opd.distributed.strategy.vllm.engine import Engine, engine_arguments, set_environment
-from roll_opd.distributed.strategy.vllm.shared_memory import spooled
 from roll_opd.distributed.strategy.vllm.truncation import kept_mass, ranks_needed
+from roll_opd.distributed.strategy.weight_transfer import WeightBucket, in_shared_memory
 from roll_opd.errors import GenerationError, ModelError
 from roll_opd.trajectory import FloatArray
 
@@ -242,6 +242,14 @@ class VLLMStrategy:
         """See :class:`~roll_opd.distributed.strategy.base.GenerateStrategy`."""
         return self._engine.dtype
 
+    def receivers(self) -> int:
+        """See :class:`~roll_opd.distributed.strategy.base.TakesWeights`; the engine's workers."""
+        return self.settings.tensor_parallel_size * self.settings.pipeline_parallel_size
+
+    def join_transfer(self, host: str, port: int, first_rank: int, size: int, timeout: float) -> None:
+        """See :class:`~roll_opd.distributed.strategy.base.TakesWeights`."""
+        self._engine.worker_call("opd_join", host, port, first_rank, size, timeout)
+
     def begin_weight_update(self, version: int, mix: float = 1.0) -> None:
         """See :class:`~roll_opd.distributed.strategy.base.GenerateStrategy`; interrupts what is being generated.
 
@@ -262,8 +270,13 @@ class VLLMStrategy:
         Raises:
             GenerationError: the model has no such tensor, or one of another shape.
         """
-        with spooled(bucket) as file:
-            self._engine.worker_call("opd_load", file.path, file.size, file.entries)
+        # Bytes lie in this process's memory: engines read them from a file instead of from their sockets.
+        given, file = in_shared_memory(bucket) if bucket.way == "host" else (bucket, None)
+        try:
+            self._engine.worker_call("opd_load", [dataclasses.astuple(spec) for spec in given.specs], given.handles)
+        finally:
+            if file is not None:
+                file.close()
         return dict(bucket.checksums)
 
     def finish_weight_update(self, version: int) -> Mapping[str, int]:

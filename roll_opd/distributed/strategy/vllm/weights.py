@@ -31,9 +31,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from roll_opd.distributed.strategy.base import tensor_checksum
-from roll_opd.distributed.strategy.packed_model import as_bytes
-from roll_opd.distributed.strategy.vllm.shared_memory import Entry, tensors_in
+from roll_opd.distributed.strategy.weight_transfer import TensorSpec, TransferEnd, WeightBucket, tensor_checksum
 
 HELD_OTHERWISE = -1
 """In place of a checksum: the model holds something else. No checksum is negative."""
@@ -59,10 +57,18 @@ class WorkerExtension:
         with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
             self._opd_update = _Update(_model_of(self), self.model_config)  # type: ignore[attr-defined]
 
-    def opd_load(self, path: str, size: int, entries: Sequence[Entry]) -> None:
-        """Load tensors from a file; see :mod:`~roll_opd.distributed.strategy.vllm.shared_memory`."""
+    def opd_join(self, host: str, port: int, first_rank: int, size: int, timeout: float) -> None:
+        """Form a process group with the trainer; this worker's rank counts from ``first_rank``."""
+        self._opd_end().join(host, port, first_rank + self.rank, size, timeout)  # type: ignore[attr-defined]
+
+    def opd_load(self, specs: Sequence[tuple[Any, ...]], handles: dict[str, Any] | None) -> None:
+        """Load the tensors of a bucket, which comes as plain values; its bytes, if it has any, in shared memory."""
+        bucket = WeightBucket(tuple(TensorSpec(tuple(n), d, tuple(s)) for n, d, s in specs), {}, handles=handles)
+        # Loaders keep tensors until a layer is complete; the memory behind a handle is the trainer's.
+        borrowed = bucket.way == "handles" and self.device.type == "cuda"  # type: ignore[attr-defined]
+        tensors = [(n, t.clone() if borrowed else t) for n, t in self._opd_end().tensors_of(bucket)]
         with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
-            self._opd_update.load(list(tensors_in(path, size, entries)))
+            self._opd_update.load(tensors)
 
     def opd_finish_update(self) -> dict[str, int]:
         """Make the model fit to run; return checksums by Hugging Face name of what it holds now.
@@ -71,6 +77,11 @@ class WorkerExtension:
         """
         with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
             return self._opd_update.finish()
+
+    def _opd_end(self) -> TransferEnd:
+        if not hasattr(self, "_opd_transfer"):
+            self._opd_transfer = TransferEnd(self.device)  # type: ignore[attr-defined]
+        return self._opd_transfer
 
 
 def _model_of(worker: Any) -> nn.Module:
@@ -91,7 +102,7 @@ class _Part:
     def lies_in(self, parameter: Tensor) -> bool:
         """Whether it was read from ``parameter`` as it should be."""
         view = parameter.detach().as_strided(self.size, self.stride, parameter.storage_offset() + self.offset)
-        return _checksum(view) == self.checksum
+        return tensor_checksum(view) == self.checksum
 
 
 class _Copies(TorchDispatchMode):
@@ -129,12 +140,12 @@ class _Update:
 
     @torch.no_grad()
     def load(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
-        """Take over some tensors, which lie in memory in this order."""
+        """Take over some tensors."""
         own = []
         for name, tensor in tensors:
             # Models that tie have no such parameter, or the embedding's under a second name.
             is_tied_head = self.ties and name.endswith("lm_head.weight")
-            (self.heads if is_tied_head else self.received)[name] = _checksum(tensor)
+            (self.heads if is_tied_head else self.received)[name] = tensor_checksum(tensor)
             if not is_tied_head:
                 own.append((name, tensor))
         last = ""
@@ -155,6 +166,7 @@ class _Update:
 
     def _follow(self, tensors: Sequence[tuple[str, Tensor]], copies: _Copies) -> None:
         """Note where each tensor went. One that was made into another first is lost sight of."""
+        tensors = sorted(tensors, key=lambda entry: entry[1].data_ptr())
         starts = [tensor.data_ptr() for _, tensor in tensors]
         for target, source in copies.seen:
             parameter = self.names.get(_memory(target))
@@ -165,7 +177,7 @@ class _Update:
             if source.data_ptr() >= tensor.data_ptr() + tensor.nbytes:
                 continue
             whole = source.shape == tensor.shape and source.stride() == tensor.stride()
-            checksum = self.received[name] if whole else _checksum(source)
+            checksum = self.received[name] if whole else tensor_checksum(source)
             part = _Part(parameter, tuple(target.shape), target.stride(), int(target.storage_offset()), checksum)
             self.parts.setdefault(name, []).append(part)
         self.altered |= {self.names[_memory(target)] for target in copies.altered if _memory(target) in self.names}
@@ -230,7 +242,3 @@ class _Update:
 def _memory(tensor: Tensor) -> int:
     """Name the memory of a tensor, which its views share; on the meta device it has no address."""
     return int(tensor.untyped_storage()._cdata)
-
-
-def _checksum(tensor: Tensor) -> int:
-    return tensor_checksum(as_bytes(tensor))

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import multiprocessing
-import socket
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from roll_opd.distributed.weight_transfer import (
-    TransferGroup,
+from roll_opd.distributed.strategy.weight_transfer import (
+    TensorSpec,
+    TransferEnd,
     WeightBucket,
     as_bytes,
     device_key,
+    in_buckets,
+    in_shared_memory,
     merged,
     pack,
     tensor_checksum,
-    tensors_of,
 )
+from roll_opd.distributed.worker import open_store
 from roll_opd.errors import GenerationError
 
 CPU = torch.device("cpu")
@@ -47,21 +48,45 @@ def check(received: dict[str, torch.Tensor], sums: dict[str, int]) -> None:
 
 
 def test_bytes_that_are_read_only() -> None:
-    bucket = pack(weights(), "host")
+    bucket, kept = pack(weights(), "host")
+    assert not kept
     for raw in bucket.raw:
         raw.setflags(write=False)
-    received = {name: tensor.clone() for name, tensor in tensors_of(bucket, CPU)}
+    end = TransferEnd(CPU)
+    check({name: tensor.clone() for name, tensor in end.tensors_of(bucket)}, bucket.checksums)
+    next(end.tensors_of(bucket))[1].zero_()  # what is handed out may be written to, the bucket is as it was
+    check({name: tensor.clone() for name, tensor in end.tensors_of(bucket)}, bucket.checksums)
+
+
+def test_bytes_become_a_file_that_outlives_its_name() -> None:
+    """What is mapped stays, nothing else does."""
+    bucket, file = in_shared_memory(pack(weights(), "host")[0])
+    assert bucket.way == "handles"
+    received = dict(TransferEnd(CPU).tensors_of(bucket))
+    file.close()
     check(received, bucket.checksums)
-    next(tensors_of(bucket, CPU))[1].zero_()  # what is handed out may be written to, the bucket is as it was
-    check({name: tensor.clone() for name, tensor in tensors_of(bucket, CPU)}, bucket.checksums)
+    with pytest.raises(RuntimeError):
+        next(TransferEnd(CPU).tensors_of(bucket))
 
 
-def _receive(bucket: WeightBucket, address: tuple[str, int] | None, results) -> None:
+@pytest.mark.parametrize(("size", "counts"), [(1, [1, 1, 1, 1]), (150, [2, 2]), (10**6, [4])])
+def test_buckets_are_closed_once_they_are_full(size, counts) -> None:
+    """140, 48, 6 and 4 bytes."""
+    buckets = list(in_buckets(weights(), size))
+    assert [len(bucket) for bucket in buckets] == counts
+    assert [names for bucket in buckets for names, _ in bucket] == [names for names, _ in weights()]
+    assert not list(in_buckets([], size))
+
+
+def _receive(bucket: WeightBucket, addresses: list[tuple[str, int]], results) -> None:
     torch.set_num_threads(1)
-    group = TransferGroup(*address, rank=1, size=2, device=CPU, timeout=60) if address else None
-    received = {name: as_bytes(t).tobytes() for name, t in tensors_of(bucket, CPU, group)}
-    sums = {name: tensor_checksum(t) for name, t in tensors_of(bucket, CPU)} if group is None else {}
-    results.put((received, sums))
+    end = TransferEnd(CPU)
+    for address in addresses or [None]:
+        if address:
+            end.join(*address, 1, 2, 60.0)
+        received = {name: tensor.clone() for name, tensor in end.tensors_of(bucket)}
+        sums = {name: tensor_checksum(tensor) for name, tensor in received.items()}
+        results.put(({name: as_bytes(tensor).tobytes() for name, tensor in received.items()}, sums))
 
 
 @pytest.mark.parametrize("way", ["handles", "group"])
@@ -69,40 +94,35 @@ def test_between_processes(way) -> None:
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     tensors = weights()
-    bucket = pack(tensors, way)
-    assert bucket.way == way and not bucket.raw
-    address = None
-    if way == "group":
-        listener = socket.socket()
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(2)
-        address = listener.getsockname()
-        store = dist.TCPStore(  # noqa: F841 - it serves as long as it lives
-            *address, 2, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
-    child = context.Process(target=_receive, args=(bucket, address, results))
+    bucket, kept = pack(tensors, way)
+    assert bucket.way == way and not bucket.raw and bool(kept) == (way == "handles")
+    stores = [open_store(2), open_store(2)] if way == "group" else []  # the second group replaces the first
+    addresses = [(store.host, store.port) for store in stores]
+    child = context.Process(target=_receive, args=(bucket, addresses, results))
     child.start()
-    if address is not None:
-        group = TransferGroup(*address, rank=0, size=2, device=CPU, timeout=60)
-        for _, tensor in tensors:
-            group.broadcast(tensor.contiguous())
-    received, sums = results.get(timeout=60)
+    sender = TransferEnd(CPU)
+    for address in addresses or [None]:
+        if address:
+            sender.join(*address, 0, 2, 60.0)
+            sender.broadcast(tensor for _, tensor in tensors)
+        received, sums = results.get(timeout=60)
+        assert received == {name: as_bytes(tensor).tobytes() for name, tensor in expected().items()}
+        assert sums == bucket.checksums
     child.join(60)
-    assert received == {name: as_bytes(tensor).tobytes() for name, tensor in expected().items()}
-    assert way == "group" or sums == bucket.checksums
+    assert child.exitcode == 0
 
 
 def test_a_device_that_nothing_was_sent_to_is_named() -> None:
-    bucket = WeightBucket((), {}, handles={"GPU-1": b"", "GPU-2": b""})
+    bucket = WeightBucket((TensorSpec(("a",), "float32", (1,)),), {}, handles={"GPU-1": [], "GPU-2": []})
     assert device_key(CPU) == "cpu"
     with pytest.raises(GenerationError, match=r"nothing was sent to device cpu, only to \['GPU-1', 'GPU-2'\]"):
-        next(tensors_of(bucket, CPU))
+        next(TransferEnd(CPU).tensors_of(bucket))
 
 
 def test_ranks_send_the_same_tensors_from_their_own_devices() -> None:
-    one, other = WeightBucket((), {"a": 1}, handles={"x": b"1"}), WeightBucket((), {"a": 1}, handles={"y": b"2"})
-    assert merged([one, other]) == WeightBucket((), {"a": 1}, handles={"x": b"1", "y": b"2"})
-    plain = pack(weights(), "host")
+    one, other = WeightBucket((), {"a": 1}, handles={"x": 1}), WeightBucket((), {"a": 1}, handles={"y": 2})
+    assert merged([one, other]) == WeightBucket((), {"a": 1}, handles={"x": 1, "y": 2})
+    plain, _ = pack(weights(), "host")
     assert merged([plain]).way == "host"
 
 
