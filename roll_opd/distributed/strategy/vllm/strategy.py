@@ -302,7 +302,7 @@ class VLLMStrategy:
         await self._engine.llm.pause_generation(mode="keep", clear_cache=True)
 
     async def _resume(self, version: int) -> None:
-        if not await self._engine.llm.reset_prefix_cache():
+        if await self._engine.llm.reset_prefix_cache() is False:
             raise GenerationError(f"{self.role}: the prefix cache still holds blocks of the weights before {version}")
         tokens = self._engine.tokens_so_far()
         for name, response in self._in_flight.items():
