@@ -22,6 +22,8 @@ FOLLOWERS: dict[str, tuple[str, ...]] = {
 GENERATORS = ("hf_infer", "vllm")
 # Log-probabilities of a position that a vLLM server gives when it was started without `--max-logprobs`.
 SERVER_MAX_LOGPROBS = 20
+# Below, vLLM rounds to greedy sampling or raises the temperature; above, it refuses the request.
+VLLM_TEMPERATURES = (0.01, 2.0)
 
 
 def check_backends(
@@ -47,8 +49,10 @@ def check_backends(
         elif isinstance(settings, RemoteSettings):
             _check_remote(settings, worker, path, where)
         elif isinstance(settings, VLLMSettings):
-            _check_engine(settings, where)
-            if worker is not config.actor_infer:
+            _check_engine(settings, worker, where)
+            if worker is config.actor_infer:
+                _check_sampling_engine(config, settings, worker, path)
+            else:
                 _check_scoring_engine(settings, worker, where)
     for name, teacher in config.teachers.items():
         _check_teacher(config, teacher, names[teacher_key(name)], warnings)
@@ -93,10 +97,29 @@ def _check_remote(settings: RemoteSettings, worker: WorkerConfig, path: str, whe
         raise ConfigError(f"{path}.device_mapping", problem)
 
 
-def _check_engine(settings: VLLMSettings, where: str) -> None:
+def _check_engine(settings: VLLMSettings, worker: WorkerConfig, where: str) -> None:
     for key in settings.engine_args:
         if key in field_types(VLLMSettings):
             raise ConfigError(f"{where}.engine_args.{key}", f"is a setting of its own: write {where}.{key}")
+    if settings.pipeline_parallel_size > 1 and worker.device_mapping is None:
+        problem = "vLLM has no pipeline parallelism on CPUs, and this role has no device_mapping"
+        raise ConfigError(f"{where}.pipeline_parallel_size", f"{problem}; use 1")
+
+
+def _check_sampling_engine(config: PipelineConfig, settings: VLLMSettings, worker: WorkerConfig, path: str) -> None:
+    low, high = VLLM_TEMPERATURES
+    blocks = {f"{path}.generating_args": worker.generating_args}
+    if config.validation is not None:
+        blocks["validation.generating_args"] = config.validation.generating_args
+    for field, sampling in blocks.items():
+        if sampling is None or not sampling.do_sample or not sampling.temperature:
+            continue
+        if not low <= sampling.temperature <= high:
+            problem = f"vLLM samples at temperatures from {low} to {high}, got {sampling.temperature}"
+            raise ConfigError(f"{field}.temperature", f"{problem}; use one of them, or hf_infer")
+    if settings.enable_chunked_prefill and worker.device_mapping is None:
+        problem = "on CPUs vLLM cannot sample with seeds from prompts that it cuts"
+        raise ConfigError(f"{path}.strategy_args.strategy_config.enable_chunked_prefill", f"{problem}; remove it")
 
 
 def _check_scoring_engine(settings: VLLMSettings, worker: WorkerConfig, where: str) -> None:
@@ -121,6 +144,9 @@ def _check_teacher(config: PipelineConfig, teacher: TeacherConfig, path: str, wa
         problem = f"needs teachers that generate, and {path} runs on {strategy!r}"
         fix = f"use {_either(GENERATORS)} there, or set it to false"
         raise ConfigError("validation.teacher_accuracy", f"{problem}; {fix}")
+    if kind is not None and strategy == "remote":
+        problem = "the server holds a model of its own, which nobody can say to be the student"
+        raise ConfigError(field, f"{problem}, as teacher_args.self_teacher: {kind} does; use {_either(GENERATORS)}")
     args = config.opd_args
     many = args.objective == "direct" and args.support == "teacher_topk" and args.top_k > SERVER_MAX_LOGPROBS
     if strategy == "remote" and many:

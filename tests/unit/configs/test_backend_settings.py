@@ -127,6 +127,12 @@ RULES = [
     ({f"{TRAIN}.use_dynamic_batching_in_train": True}, f"{TRAIN}.max_tokens_per_microbatch_in_train", "set it"),
     ({"teacher.use_dynamic_batching_in_infer": True}, "teacher.max_tokens_per_microbatch_in_infer",
      "or use_dynamic_batching_in_infer: false"),
+    ({**role(INFER, "vllm"), f"{INFER}.generating_args": {"temperature": 2.5}}, f"{INFER}.generating_args.temperature",
+     "from 0.01 to 2.0, got 2.5"),
+    ({**role(INFER, "vllm"), "validation": {"generating_args": {"temperature": 0.001}}},
+     "validation.generating_args.temperature", "or hf_infer"),
+    (role(INFER, "vllm", enable_chunked_prefill=True), f"{INFER}.{CONFIG}.enable_chunked_prefill", "remove it"),
+    (role(TEACHER, "vllm", pipeline_parallel_size=2), f"{TEACHER}.{CONFIG}.pipeline_parallel_size", "use 1"),
     (role(TEACHER, "vllm", sleep_level=2), f"{TEACHER}.{CONFIG}.sleep_level", "use 1"),
     (role(INFER, "vllm", engine_args={"max_num_seqs": 4}), f"{INFER}.{CONFIG}.engine_args.max_num_seqs",
      "is a setting of its own: write student_infer.strategy_args.strategy_config.max_num_seqs"),
@@ -146,6 +152,7 @@ RULES = [
         ("ema", "vllm", {}, "use hf_infer or fsdp2_infer"),
         ("ema", "remote", SERVER, "use hf_infer"),
         ("ema", "megatron_infer", {}, "use hf_infer"),
+        ("frozen", "remote", SERVER, "nobody can say to be the student"),
         ("live", "remote", SERVER, "self_teacher: live asks; use hf_infer, fsdp2_infer, megatron_infer or vllm"),
     )
 ]  # fmt: skip
