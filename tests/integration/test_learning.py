@@ -38,6 +38,24 @@ def test_quickstart_learns_with_other_seeds(run, tmp_path: Path, seed: int) -> N
     check_learned(run(tmp_path / "run", seed=seed).summary)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"student_infer.strategy_args.strategy_name": "vllm"},
+        {
+            "student_train.strategy_args.strategy_name": "megatron_train",
+            "+student_train.strategy_args.strategy_config.tensor_model_parallel_size": 2,
+            "student_train.world_size": 2,
+        },
+    ],
+    ids=["vllm", "megatron"],
+)
+def test_quickstart_learns_with_other_engines(run, tmp_path: Path, settings: dict) -> None:
+    """The overrides of `make quickstart-vllm` and `make quickstart-megatron`."""
+    check_learned(run(tmp_path / "run", seed=1, **settings).summary)
+
+
 def test_teacher_equal_to_student_gives_no_signal(run, tmp_path: Path) -> None:
     """SGD at learning rate 1 turns any gradient into a visible weight change."""
     from safetensors.torch import load_file
