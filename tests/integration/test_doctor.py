@@ -113,6 +113,7 @@ def test_a_launch_notices_that_teacher_and_student_agree(launch, tmp_path: Path)
     assert (folder / "metrics.jsonl").read_text() == ""
 
 
+@pytest.mark.long
 def test_the_probe_changes_nothing(run, tmp_path: Path) -> None:
     settings = {"max_steps": 2, "eval_steps": 0, "html_samples": 0, "validation.teacher_accuracy": False}
     on = run(tmp_path / "on", **settings)

@@ -81,6 +81,7 @@ def test_teacher_equal_to_student_gives_no_signal(run, tmp_path: Path) -> None:
     assert max((before[k].float() - after[k].float()).abs().max().item() for k in before) <= 1e-5
 
 
+@pytest.mark.long
 def test_shuffled_teacher_does_not_help(run, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file

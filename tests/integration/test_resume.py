@@ -73,6 +73,7 @@ def read_dcp(folder: Path) -> dict:
     return flat
 
 
+@pytest.mark.long
 def test_resume_refuses_settings_that_would_mix_two_runs(run, tmp_path: Path) -> None:
     from roll_opd.errors import ConfigError
 

@@ -30,6 +30,7 @@ def test_two_teachers_each_right_on_its_tag(run, tmp_path: Path) -> None:
     assert {"opd/reverse_kl/teacher/up", "opd/reverse_kl/teacher/down"} <= set(row)
 
 
+@pytest.mark.long
 def test_two_teachers_with_swapped_routing(run, tmp_path: Path) -> None:
     """The same teachers, each asked about the other's tag, take away what the student could do."""
     settings = {"teacher.up.tag_included": ["descending"], "teacher.down.tag_included": ["ascending"]}
@@ -45,7 +46,7 @@ def test_a_self_teacher_that_sees_the_answer_teaches(run, tmp_path: Path) -> Non
     assert last - first >= 0.3, finished.summary
 
 
-@pytest.mark.parametrize("kind", ["ema", "live"])
+@pytest.mark.parametrize("kind", ["ema", pytest.param("live", marks=pytest.mark.long)])
 def test_moving_self_teachers_follow_and_resume(run, tmp_path: Path, kind: str) -> None:
     """Stopped after two of four steps and resumed, a run with a teacher that moves ends where an unbroken one does."""
     settings = {
@@ -87,6 +88,7 @@ def test_a_divergence_over_the_vocabulary_teaches(run, tmp_path: Path) -> None:
     assert finished.metrics[0]["train/divergence_loss"] > finished.metrics[14]["train/divergence_loss"]
 
 
+@pytest.mark.long
 def test_supports_that_need_the_students_ids_train_and_validate(run, tmp_path: Path) -> None:
     """Ids that the engine ranked first are asked for in training alone; validation must do without them."""
     finished = run(tmp_path / "run", max_steps=2, eval_steps=1, html_samples=0, **{

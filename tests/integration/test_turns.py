@@ -314,6 +314,7 @@ def test_teachers_that_stay_and_teachers_that_share(turns_run) -> None:
     assert len(run.of("teacher-down", "save")) == 1
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_while_it_is_away(turns_run, address, tmp_path) -> None:
     import ray
 
