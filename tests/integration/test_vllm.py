@@ -178,7 +178,8 @@ def update(strategy: VLLMStrategy, lm: PreTrainedModel, version: int) -> None:
 
 
 def engine_process() -> psutil.Process:
-    (core,) = [p for p in psutil.Process().children(recursive=True) if "EngineCore" in " ".join(p.cmdline())]
+    # Not of all descendants: other tests' vLLM server lives until the session ends.
+    (core,) = [p for p in psutil.Process().children() if "EngineCore" in " ".join(p.cmdline())]
     return core
 
 
