@@ -63,3 +63,20 @@ class GenerationError(RollOPDError):
 
 class EngineDiedError(GenerationError):
     """An inference engine's process is gone, while the worker that owns it lives and can start another one."""
+
+
+class EnvironmentFailedError(RollOPDError):
+    """An environment crashed, hung, or returned what cannot be used. It costs its episode, which is played again.
+
+    Args:
+        tag: of the environment.
+        reason: what happened, in one line.
+    """
+
+    def __init__(self, tag: str, reason: str) -> None:
+        super().__init__(tag, reason)
+        self.tag = tag
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"environment {self.tag!r}: {self.reason}"

@@ -50,12 +50,13 @@ class TrajectoryId(NamedTuple):
         name = f"{self.draw}/{self.sample}/{self.segment}"
         return name if self.stream == "train" else f"{self.stream}:{name}"
 
-    def seed(self, run_seed: int) -> int:
-        """Return a 63-bit seed that depends on the run's seed and this id alone.
+    def seed(self, run_seed: int, turn: int = 0) -> int:
+        """Return a 63-bit seed that depends on the run's seed, this id and the turn of the episode alone.
 
         Retries and restarts therefore sample the same tokens, whatever the batch around them.
         """
-        digest = hashlib.blake2b(f"{run_seed}|{self.stream}|{self.draw}|{self.sample}|{self.segment}".encode())
+        name = f"{run_seed}|{self.stream}|{self.draw}|{self.sample}|{self.segment}"
+        digest = hashlib.blake2b((f"{name}|{turn}" if turn else name).encode())
         return int.from_bytes(digest.digest()[:8], "little") >> 1
 
 
@@ -102,6 +103,29 @@ class TeacherScores:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One decision of the student in an environment: what it saw, what it sampled, and what it got for that.
+
+    Attributes:
+        index: which turn of the episode, from 0; an episode's segments count on.
+        start: position of the first token that was sampled in this turn, in the trajectory that holds it.
+        end: position behind the last one.
+        observation: the text that the environment showed.
+        reward: what the environment gave for it, a format penalty included.
+        state: equal for decisions of a group that were taken in the same state of their environment.
+        is_valid: whether the environment understood the action; None: it does not tell.
+    """
+
+    index: int
+    start: int
+    end: int
+    observation: str
+    reward: float
+    state: str
+    is_valid: bool | None = None
+
+
+@dataclass(frozen=True)
 class Trajectory:
     """One sampled token sequence and everything that is known about it. All arrays have length ``T``.
 
@@ -127,8 +151,10 @@ class Trajectory:
         trained: false for a trajectory that a mask takes out of every part of the loss; it counts in the normaliser.
         policy_weights: ``[T]`` float32 weight of each token's policy loss; None: 1 on every sampled token.
         divergence_weights: teacher name -> ``[T]`` float32 weight of each token's divergence, coefficient included.
-        reward: external reward, if one was graded.
-        correct: verdict of the grader, if it gives one.
+        turns: the student's turns in an environment, in order, which cover every sampled token; empty for a trajectory
+            of a single response.
+        reward: external reward, if one was graded; that of the whole episode, on each of its segments.
+        correct: verdict of the grader or the environment, if it gives one.
         extras: whatever else a reward or a page wants to show (never needed for training).
     """
 
@@ -151,6 +177,7 @@ class Trajectory:
     trained: bool = True
     policy_weights: FloatArray | None = None
     divergence_weights: Mapping[str, FloatArray] = field(default_factory=dict)
+    turns: tuple[Turn, ...] = ()
     reward: float | None = None
     correct: bool | None = None
     extras: Mapping[str, Any] = field(default_factory=dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from roll_opd.configs.environment_config import EnvironmentConfig
 from roll_opd.configs.field_spec import as_list, parse_with, ranged
 from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.configs.roll_compat import resolve_class_path
@@ -85,8 +86,8 @@ class EnvMonitorArguments:
 class AgenticConfig(PipelineConfig):
     """Environments and their rewards."""
 
-    custom_envs: dict[str, Any] = field(default_factory=dict)
-    """Environments by tag: `env_type`, `env_config` and whatever else the environment's manager reads."""
+    custom_envs: dict[str, EnvironmentConfig] = field(default_factory=dict)
+    """Environments by tag."""
     train_env_manager: EnvManagerConfig = field(default_factory=EnvManagerConfig)
     """Environments that produce training episodes."""
     val_env_manager: EnvManagerConfig = field(default_factory=EnvManagerConfig)
