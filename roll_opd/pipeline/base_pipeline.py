@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 
 from roll_opd.configs import LoadedConfig, config_for_checkpoint_json, resume_conflicts
 from roll_opd.configs.pipeline_config import PipelineConfig
-from roll_opd.datasets.prompts import Prompt
 from roll_opd.distributed.checkpoint import CONFIG_FILE, CheckpointFolder, read_json, read_state
 from roll_opd.distributed.cluster import Cluster
 from roll_opd.distributed.weight_sync import WeightSync, way_of
@@ -81,8 +80,8 @@ class BasePipeline(ABC):
         """Return the stream that this pipeline's trajectories come from."""
 
     @abstractmethod
-    def prompt_of(self, draw: int) -> Prompt:
-        """Name the prompt of a draw; a pure function of its number."""
+    def task_of(self, draw: int) -> Any:
+        """Name the task of a draw; a pure function of its number."""
 
     @abstractmethod
     def validate(self) -> None:
@@ -161,6 +160,7 @@ class BasePipeline(ABC):
         metrics["teacher/failed_requests"] = float(self.clusters.teacher_pool.failures)
         metrics["reward/failed"] = float(self.clusters.reward_pool.failures)
         metrics["rollout/filtered_groups"] = float(batch.filtered_groups)
+        metrics["rollout/failed_groups"] = float(batch.failed_groups)
         self.step, self.next_draw = step + 1, batch.next_draw
         last = self.step == self.config.max_steps
         self.report.step(step, metrics, trajectories, self.tokenizer)
@@ -195,7 +195,7 @@ class BasePipeline(ABC):
         self.stream = self.build_stream(self.clusters)
         stack.callback(self.stream.close)
         size = self.config.rollout_batch_size
-        self.stream.start(self.prompt_of, size, self.next_draw, self.step, self.config.max_steps)
+        self.stream.start(self.task_of, size, self.next_draw, self.step, self.config.max_steps)
 
     def _weight_sync(self, targets: Cluster, mix: float = 1.0) -> WeightSync:
         train, bucket = self.clusters.train, self.config.model_update_buffer_size_mb << 20

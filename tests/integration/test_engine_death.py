@@ -32,7 +32,7 @@ def test_killed_while_sampling_and_while_taking_weights(
     from roll_opd.distributed import weight_sync
     from roll_opd.distributed.strategy.base import GenerateResult
     from roll_opd.pipeline.student import Student
-    from roll_opd.pipeline.trajectory_stream import TrajectoryStream
+    from roll_opd.pipeline.generation import Generation
 
     killed: dict[str, float] = {}
     noticed: list[float] = []
@@ -44,7 +44,7 @@ def test_killed_while_sampling_and_while_taking_weights(
             os.kill(engine_core().pid, signal.SIGKILL)
 
     def once_a_response_is_there(
-        self: TrajectoryStream, worker: Any, requests: Any, finished: Callable, left: Any
+        self: Generation, worker: Any, requests: Any, finished: Callable, left: Any
     ) -> Any:
         def and_kill(result: GenerateResult) -> None:
             finished(result)
@@ -66,9 +66,9 @@ def test_killed_while_sampling_and_while_taking_weights(
         trained.append([t.id for t in trajectories])
         return train_batch(self, trajectories)
 
-    generate_once, call = TrajectoryStream._generate_once, weight_sync._Alive.call
+    generate_once, call = Generation._ask_once, weight_sync._Alive.call
     begin_again, train_batch = weight_sync.WeightSync._restart, Student.train
-    monkeypatch.setattr(TrajectoryStream, "_generate_once", once_a_response_is_there)
+    monkeypatch.setattr(Generation, "_ask_once", once_a_response_is_there)
     monkeypatch.setattr(weight_sync._Alive, "call", before_the_weights)
     monkeypatch.setattr(weight_sync.WeightSync, "_restart", restart)
     monkeypatch.setattr(Student, "train", train)

@@ -11,6 +11,7 @@ from roll_opd.configs.pipeline_config import RLVRConfig
 from roll_opd.datasets.prompts import Prompt
 from roll_opd.distributed.strategy.base import Sampling
 from roll_opd.pipeline.base_pipeline import BasePipeline
+from roll_opd.pipeline.generation import Generation
 from roll_opd.pipeline.metrics import reverse_kl, reward_metrics
 from roll_opd.pipeline.preflight.data_checks import DATA_CHECKS
 from roll_opd.pipeline.preflight.facts import Facts
@@ -19,9 +20,11 @@ from roll_opd.pipeline.preflight.model_checks import MODEL_CHECKS
 from roll_opd.pipeline.preflight.probe import LOOK_AHEAD, MAX_NEW_TOKENS, STREAM, pick_prompts
 from roll_opd.pipeline.preflight.setting_checks import SETTING_CHECKS
 from roll_opd.pipeline.reward_pool import RewardPool
+from roll_opd.pipeline.rlvr.prompt_rollout import PromptRollout
 from roll_opd.pipeline.rlvr.prompt_source import PromptSource
 from roll_opd.pipeline.role_clusters import RoleClusters, want_of
-from roll_opd.pipeline.trajectory_stream import TEACHER_ROLE, Batch, Engines, TrajectoryStream
+from roll_opd.pipeline.rollout import Engines
+from roll_opd.pipeline.trajectory_stream import TEACHER_ROLE, Batch, TrajectoryStream
 from roll_opd.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -51,23 +54,25 @@ class RLVRPipeline(BasePipeline):
         assert isinstance(config, RLVRConfig)
         filters = any(r.query_filter_config.type != "no_filter" for r in config.rewards.values())
         extra = config.max_additional_running_prompts if config.is_use_additional_prompts else 0
+        rollout = PromptRollout(
+            Generation(self._revive, config.rpc_timeout),
+            lambda ids: str(self.tokenizer.decode(ids, skip_special_tokens=True)),
+            self.source.contexts_of if self.source.contexts else None,
+        )
         return TrajectoryStream(
             engines=Engines("actor_infer", clusters.infer.workers),
+            rollout=rollout,
             teachers=clusters.teacher_pool,
             rewards=clusters.reward_pool,
-            decode=lambda ids: str(self.tokenizer.decode(ids, skip_special_tokens=True)),
             seed=config.seed,
             group_size=config.num_return_sequences_in_group,
             sampling=sampling,
-            contexts=self.source.contexts_of if self.source.contexts else None,
             keep_group=self.keeps if filters and self.signal.uses_rewards else None,
             extra_draws=extra,
-            revive=self._revive,
             turns=clusters.turns,
-            deadline=config.rpc_timeout,
         )
 
-    def prompt_of(self, draw: int) -> Prompt:
+    def task_of(self, draw: int) -> Prompt:
         """See :class:`~roll_opd.pipeline.base_pipeline.BasePipeline`."""
         return self.source.prompt_of(draw)
 
@@ -82,7 +87,7 @@ class RLVRPipeline(BasePipeline):
 
     def probe_batch(self) -> Batch:
         """See :class:`~roll_opd.pipeline.base_pipeline.BasePipeline`; prompts are the first draws' own."""
-        ahead = [self.prompt_of(draw) for draw in range(min(LOOK_AHEAD, len(self.source.train)))]
+        ahead = [self.task_of(draw) for draw in range(min(LOOK_AHEAD, len(self.source.train)))]
         prompts = pick_prompts(ahead, [scorer.tag_included for scorer in self.clusters.scorer_configs.values()])
         stream = self.stream
         sampling = replace(stream.sampling, max_new_tokens=min(MAX_NEW_TOKENS, stream.sampling.max_new_tokens))

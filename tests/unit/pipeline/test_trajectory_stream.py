@@ -21,9 +21,12 @@ from roll_opd.datasets.rows import Row
 from roll_opd.distributed.cluster import Replica
 from roll_opd.distributed.strategy.base import GenerateRequest, GenerateResult, Sampling
 from roll_opd.errors import EngineDiedError, GenerationError, TeacherError
+from roll_opd.pipeline.generation import Generation
 from roll_opd.pipeline.reward_pool import RewardPool
+from roll_opd.pipeline.rlvr.prompt_rollout import PromptRollout
+from roll_opd.pipeline.rollout import Engines
 from roll_opd.pipeline.teacher_pool import TeacherPool
-from roll_opd.pipeline.trajectory_stream import Engines, TrajectoryStream
+from roll_opd.pipeline.trajectory_stream import TrajectoryStream
 from roll_opd.rewards.base import RewardResult
 from roll_opd.trajectory import TeacherScores, Trajectory, TrajectoryId
 
@@ -101,13 +104,14 @@ def make_stream():
     streams: list[TrajectoryStream] = []
 
     def make(engines: Sequence[Engine], teachers: Teachers | None = None, **settings) -> TrajectoryStream:
+        generation = Generation(settings.pop("revive", None), settings.pop("deadline", 20.0))
+        contexts = settings.pop("contexts", None)
         options = {
+            "rollout": PromptRollout(generation, lambda ids: " ".join(map(str, ids)), contexts),
             "rewards": RewardPool({}),
-            "decode": lambda ids: " ".join(map(str, ids)),
             "seed": 3,
             "group_size": 2,
             "sampling": Sampling(max_new_tokens=8),
-            "deadline": 20.0,
         } | settings
         streams.append(
             TrajectoryStream(engines=Engines("actor_infer", engines), teachers=teachers or Teachers(), **options)

@@ -1,0 +1,87 @@
+"""Asks engines for responses: streams them back, brings dead engines back, and says what went wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ray.exceptions import RayActorError, RayTaskError
+
+from roll_opd.distributed.runtime import user_error
+from roll_opd.distributed.strategy.base import GenerateRequest, GenerateResult
+from roll_opd.errors import EngineDiedError, GenerationError
+from roll_opd.trajectory import Trajectory, TrajectoryId, check_per_token
+
+logger = logging.getLogger(__name__)
+
+
+class Generation:
+    """The engines' side of a rollout.
+
+    Args:
+        revive: brings a worker back whose engine has died, with current weights; may block. None: a death is the end.
+        deadline: seconds without any response after which the run stops.
+    """
+
+    def __init__(self, revive: Callable[[Any], None] | None = None, deadline: float = 3600.0) -> None:
+        self.revive = revive
+        self.deadline = deadline
+
+    async def ask(
+        self, worker: Any, requests: Sequence[GenerateRequest], finished: Callable[[GenerateResult], None]
+    ) -> None:
+        """Have ``worker`` answer ``requests``; hand results to ``finished`` as they come.
+
+        Raises:
+            GenerationError: the engine is silent, dead beyond revival, or at fault.
+        """
+        left = {request.id: request for request in requests}
+        while left:
+            try:
+                await self._ask_once(worker, list(left.values()), finished, left)
+                return
+            except EngineDiedError as error:
+                if self.revive is None:
+                    raise
+                logger.warning("%s; %d responses will be asked for again", error, len(left))
+                await asyncio.to_thread(self.revive, worker)
+
+    async def _ask_once(
+        self,
+        worker: Any,
+        requests: list[GenerateRequest],
+        finished: Callable[[GenerateResult], None],
+        left: dict[TrajectoryId, GenerateRequest],
+    ) -> None:
+        """Hand results on as they come, each taken off ``left``."""
+        try:
+            stream = worker.generate.options(num_returns="streaming").remote(requests)
+            while True:
+                try:
+                    ref = await asyncio.wait_for(anext(stream), self.deadline)
+                except StopAsyncIteration:
+                    return
+                result = await ref
+                left.pop(result.id, None)
+                finished(result)
+        except RayTaskError as error:  # before TimeoutError: Ray's copy of a worker's exception is of both classes
+            raise user_error(error) from error
+        except TimeoutError:
+            raise GenerationError(f"the generating engine gave no response for {self.deadline:.0f} s") from None
+        except RayActorError as error:
+            raise GenerationError(f"the generating process died: {str(error).splitlines()[0]}") from error
+
+
+def check_sampled(trajectory: Trajectory) -> None:
+    """Refuse what an engine must not return.
+
+    Raises:
+        GenerationError: a log-probability that is not finite, or arrays of the wrong length.
+    """
+    try:
+        check_per_token("infer_logprobs", trajectory.infer_logprobs, trajectory)
+        check_per_token("weight_version", trajectory.weight_version, trajectory)
+    except ValueError as error:
+        raise GenerationError(f"an engine returned something unusable: {error}") from error
