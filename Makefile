@@ -9,10 +9,13 @@ TRL_VENV := .venv-trl
 
 QUICKSTART := PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart/run_onpolicy_distill_pipeline.sh
 
-.PHONY: help install install-engines quickstart quickstart-vllm quickstart-megatron test test-long test-trl check format clean
+INSTALL_GEM := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-gem.txt
+
+.PHONY: help install install-engines install-gem quickstart quickstart-agentic quickstart-vllm quickstart-megatron test test-long test-trl check format clean
 
 help:
 	@echo "make quickstart   distil a tiny student on this machine (a few minutes, no GPU)"
+	@echo "make quickstart-agentic  ... in an environment, over several turns"
 	@echo "make quickstart-vllm, make quickstart-megatron"
 	@echo "                  the same, the student sampled by vLLM or trained by Megatron-core (tensor parallel 2)"
 	@echo "make test         the test suite"
@@ -21,6 +24,7 @@ help:
 	@echo "make test-trl     compare the divergences with TRL, installed into $(TRL_VENV)"
 	@echo "make install      only make $(VENV)"
 	@echo "make install-engines  ... with vLLM (CPU build) and Megatron-core"
+	@echo "make install-gem      ... with GEM's environments"
 
 $(RUNTIME): requirements.txt setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -33,9 +37,13 @@ $(ENGINES): $(RUNTIME) requirements-engines.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-engines.txt
 	@touch $@
 
-$(DEV): $(ENGINES) requirements-dev.txt
+$(DEV): $(ENGINES) requirements-dev.txt requirements-gem.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(INSTALL_GEM) || echo "GEM is not installed (it needs a C compiler); its tests will be skipped"
 	@touch $@
+
+install-gem: $(RUNTIME)
+	$(INSTALL_GEM)
 
 # The inner .gitignore keeps git, ruff and editors out of it.
 $(TRL_VENV)/.ready: requirements-trl.txt
@@ -50,6 +58,9 @@ install-engines: $(ENGINES)
 
 quickstart: $(RUNTIME)
 	$(QUICKSTART)
+
+quickstart-agentic: $(RUNTIME)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart_agentic/run_quickstart_agentic.sh
 
 quickstart-vllm: $(ENGINES)
 	$(QUICKSTART) output_dir=./output/quickstart-vllm student_infer.strategy_args.strategy_name=vllm

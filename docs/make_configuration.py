@@ -54,6 +54,12 @@ from roll_opd.configs.backends.fsdp2 import FSDP2Settings
 from roll_opd.configs.backends.megatron import MegatronSettings
 from roll_opd.configs.backends.remote import RemoteSettings
 from roll_opd.configs.backends.vllm import VLLMSettings
+from roll_opd.configs.environment_config import (
+    EnvironmentConfig,
+    ToolConfig,
+    ToolWrapperArguments,
+    ToolWrapperConfig,
+)
 from roll_opd.configs.field_spec import RANGE
 from roll_opd.configs.pipeline_config import (
     TrainInferCorrectionArguments,
@@ -92,7 +98,6 @@ def _summary(cls: type) -> str:
 
 
 _ROLES = ("actor_train", "actor_infer", "teachers", "reference", "critic", "rewards", "validation")
-_PLANNED = "Loads and plans; the agentic pipeline is refused at launch."
 
 SECTIONS = (
     Section(
@@ -187,16 +192,37 @@ SECTIONS = (
         (RewardFilterArguments,),
     ),
     Section("`validation`", "", (ValidationConfig,)),
-    Section("Agentic, top level", _PLANNED, (AgenticConfig,)),
     Section(
-        "Agentic, `train_env_manager` and `val_env_manager`, beside what every role has",
-        _PLANNED,
+        "Agentic, top level",
+        "Episodes in environments in place of prompts and rewards: `rewards`, `validation` and the trainer's "
+        "`data_args.file_name` have no effect, and a warning says so. `rollout_batch_size` counts episodes, and "
+        "`sequence_length` bounds one.",
+        (AgenticConfig,),
+        unused=tuple(launch_checks.UNREAD_AGENTIC),
+    ),
+    Section(
+        "Agentic, `custom_envs.<tag>`",
+        "How to write an environment of your own: `roll_opd/environments/base.py`.",
+        (EnvironmentConfig,),
+    ),
+    Section("Agentic, `custom_envs.<tag>.tool_wrapper`", "", (ToolWrapperConfig,)),
+    Section("Agentic, `custom_envs.<tag>.tool_wrapper.wrapper_args`", "", (ToolWrapperArguments,)),
+    Section("Agentic, `custom_envs.<tag>.tool_wrapper.tool_configs`, each", "", (ToolConfig,)),
+    Section(
+        "Agentic, `train_env_manager` and `val_env_manager`",
+        "Of what every role has, `generating_args` and `system_envs` are read here. Sampling in training is that of "
+        "the generator's `generating_args`, else of `train_env_manager.generating_args`; in validation that of "
+        "`val_env_manager.generating_args`, else the same as in training.",
         (EnvManagerConfig,),
     ),
-    Section("Agentic, `reward`, beside what every role has", _PLANNED, (EnvRewardConfig,)),
-    Section("Agentic, `llm_proxy`", _PLANNED, (LLMProxyArguments,)),
-    Section("Agentic, `reward_normalization`", _PLANNED, (RewardNormalizationArguments,)),
-    Section("Agentic, `env_monitor`", _PLANNED, (EnvMonitorArguments,)),
+    Section("Agentic, `reward`", "Refused at launch.", (EnvRewardConfig,)),
+    Section("Agentic, `llm_proxy`", "Refused at launch where it is not the default.", (LLMProxyArguments,)),
+    Section("Agentic, `reward_normalization`", "", (RewardNormalizationArguments,)),
+    Section(
+        "Agentic, `env_monitor`",
+        "Without effect: `reset_timeout` and `step_timeout` of each environment decide.",
+        (EnvMonitorArguments,),
+    ),
 )
 
 # Where this version does less than the field's docstring says, or something else.
@@ -296,10 +322,12 @@ def refused() -> dict[type, dict[str, str]]:
         ModelArguments: [key for key in role_checks.NOT_YET_MODEL if not role_checks.readers(key)],
         GeneratingArguments: checks.NOT_YET_GENERATING,
         WorkerConfig: role_checks.NOT_YET_WORKER,
+        AgenticConfig: checks.NOT_YET_AGENTIC,
+        EnvManagerConfig: checks.NOT_YET_ENV_MANAGER,
+        EnvironmentConfig: checks.NOT_YET_ENVIRONMENT,
         RewardConfig: checks.NOT_YET_REWARD,
     }
     result = {cls: dict.fromkeys(names, "") for cls, names in lists.items()}
-    result[PipelineConfig] |= {"pure_opd_pipeline_type": ""}
     result[RewardConfig] |= {"response_filter_config": "`no_filter`; without effect in pure distillation"}
     return result
 

@@ -43,6 +43,10 @@ TITLES = {
     "TrainInferWeightArguments": "`train_infer_correction.is_weight`",
     "TrainInferFilterArguments": "`train_infer_correction.filters[]`",
     "EnvManagerConfig": "`train_env_manager`, `val_env_manager`, beside what every role has",
+    "EnvironmentConfig": "`custom_envs.<tag>`",
+    "ToolWrapperConfig": "`custom_envs.<tag>.tool_wrapper`",
+    "ToolWrapperArguments": "`custom_envs.<tag>.tool_wrapper.wrapper_args`",
+    "ToolConfig": "`custom_envs.<tag>.tool_wrapper.tool_configs[]`",
     "EnvRewardConfig": "`reward` of the agentic pipeline, beside what every role has",
     "LLMProxyArguments": "`llm_proxy`",
     "RewardNormalizationArguments": "`reward_normalization`",
@@ -56,6 +60,9 @@ WAITING: dict[str, tuple[list[str], list[str]]] = {
     "BaseConfig": _TOP,
     "PipelineConfig": _TOP,
     "RLVRConfig": _TOP,
+    "AgenticConfig": (launch_checks.NOT_YET_AGENTIC, launch_checks.UNREAD_AGENTIC),
+    "EnvManagerConfig": (launch_checks.NOT_YET_ENV_MANAGER, []),
+    "EnvironmentConfig": (launch_checks.NOT_YET_ENVIRONMENT, []),
     "WorkerConfig": (role_checks.NOT_YET_WORKER, []),
     "RewardConfig": (launch_checks.NOT_YET_REWARD, []),
     "ModelArguments": ([key for key in role_checks.NOT_YET_MODEL if not role_checks.readers(key)], []),
@@ -78,7 +85,7 @@ def status_and_note(cls: str, key: str, known: RollKey) -> tuple[str, str]:
         harmless = [f"`{_plain(value)}`" for value in _unique(known.harmless)]
         notes.append(f"a launch accepts {' or '.join(['`null`', *harmless])} only")
     elif key in unread:
-        notes.append("not read yet; affects speed or memory, and a launch says so")
+        notes.append("not read; no result depends on it, and a launch says so")
     if cls == "ModelArguments" and role_checks.readers(key):
         notes.append(f"read by {', '.join(f'`{name}`' for name in role_checks.readers(key))}, refused elsewhere")
     if known.inner:
@@ -110,8 +117,6 @@ def render() -> str:
     for cls in TITLES:
         theirs = ROLL_CLASSES.get(cls, cls)
         parts.append(f"### {TITLES[cls]}\n\nIn ROLL: {theirs}.")
-        if cls in ("AgenticConfig", "EnvManagerConfig") and "agentic" not in launch_checks.RUNNABLE_PIPELINES:
-            parts.append("The agentic pipeline as a whole is planned: a launch refuses it.")
         parts.append("\n".join(["| key | here | note |", "|---|---|---|", *rows(cls)]))
     variables = ", ".join(f"`{name}`" for name in sorted(ROLL_VARIABLES))
     about = (

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 """Config paths may be relative to the launchers' folder."""
-AREAS = ("config", "run folder", "models", "settings", "data", "samples")
+AREAS = ("config", "run folder", "models", "settings", "environments", "data", "samples")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

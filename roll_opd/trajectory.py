@@ -191,6 +191,15 @@ class Trajectory:
         return int(self.response_mask.sum())
 
     @property
+    def turn_lengths(self) -> list[int]:
+        """Sampled tokens of each turn, in order; a single response is one turn."""
+        if not self.turns:
+            return [self.response_length]
+        lengths = [turn.end - turn.start for turn in self.turns]
+        assert sum(lengths) == self.response_length, f"turns of {self.id} do not cover its sampled tokens"
+        return lengths
+
+    @property
     def teachers(self) -> list[str]:
         """Names of the teachers that scored this trajectory, sorted."""
         return sorted(name for name in self.teacher_scores if name not in (REFERENCE, BASE_MODEL))

@@ -13,8 +13,9 @@ The order, each stage optional but never exchanged with another:
 7. The teachers' term under ``apply_to: advantage``, at full strength: nothing before this scales it.
 8. ``advantage_clip``.
 
-:func:`rl_advantages` is 1 to 6, :func:`final_advantages` 7 and 8. Sequences have no padding: each tensor ``[n]`` holds
-the sampled tokens of one sequence, and a batch is a list of them.
+:func:`rl_advantages` is 1 to 6 for responses, :func:`roll_opd.algorithms.agent_advantages.agent_advantages` 1 to 6 for
+episodes of several turns, :func:`final_advantages` 7 and 8. Sequences have no padding: each tensor ``[n]`` holds the
+sampled tokens of one sequence, and a batch is a list of them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -55,6 +57,8 @@ class AdvantageSettings:
         norm_std_type: what they are scaled over.
     """
 
+    ESTIMATORS: ClassVar[tuple[str, ...]] = ADVANTAGE_ESTIMATORS
+
     estimator: str = "gae"
     gamma: float = 1.0
     lambd: float = 0.95
@@ -65,7 +69,7 @@ class AdvantageSettings:
     norm_std_type: str | None = None
 
     def __post_init__(self) -> None:
-        _check_estimator(self.estimator)
+        _check_estimator(self.estimator, self.ESTIMATORS)
         for name, value in (("gamma", self.gamma), ("lambd", self.lambd)):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} must be in 0..1, not {value}")
@@ -127,6 +131,29 @@ def token_rewards(score: float, length: int, penalty: Tensor | None = None) -> T
 def discounted_returns(rewards: Tensor, gamma: float) -> Tensor:
     """Return ``R_t = r_t + gamma R_{t+1}``, ``[n]`` in the type of ``rewards [n]``; summed in fp64."""
     return _discounted_sums(rewards.detach().double(), gamma).to(rewards.dtype)
+
+
+def discounted_returns_by_turn(rewards: Tensor, turns: Sequence[int], gamma: float) -> Tensor:
+    """Return the rewards from each token to the end, those of later turns discounted once for each turn between.
+
+    Of token ``t`` in turn ``k``: ``sum_{s >= t in turn k} r_s + gamma R_{k+1}``, where ``R_k`` is that of the first
+    token of turn ``k``. With rewards at the ends of turns alone it is ``R_k = r_k + gamma R_{k+1}`` on every token of
+    the turn.
+
+    Args:
+        rewards: ``[n]``.
+        turns: sampled tokens of each turn, each at least 1, in order; they add up to ``n``.
+        gamma: discount per turn.
+
+    Returns:
+        ``[n]`` in the type of ``rewards``; summed in fp64.
+    """
+    parts, following = [], 0.0
+    for part in reversed(rewards.detach().double().split(list(turns))):
+        sums = part.flip(0).cumsum(0).flip(0) + gamma * following
+        parts.append(sums)
+        following = sums[0].item()
+    return torch.cat(parts[::-1]).to(rewards.dtype)
 
 
 def gae(rewards: Tensor, values: Tensor, gamma: float, lambd: float) -> tuple[Tensor, Tensor]:
@@ -233,21 +260,51 @@ def rl_advantages(
     trained = [i for i in graded if not (masked and masked[i])]
 
     rows = [token_rewards(scores[i], lengths[i], None if penalties is None else penalties[i]) for i in trained]
+    rows, targets, extra = sequence_advantages(settings, rows, None if values is None else [values[i] for i in trained])
+    metrics |= extra
+    returns = None if values is None else [v.detach().float() for v in values]
+    if returns is not None and targets is not None:
+        for i, target in zip(trained, targets, strict=True):
+            returns[i] = target.float()
+
+    advantages = [torch.zeros(n) for n in lengths]
+    for i, row in zip(trained, rows, strict=True):
+        advantages[i] = row.float()
+    return advantages, returns, metrics
+
+
+def sequence_advantages(
+    settings: AdvantageSettings,
+    rewards: Sequence[Tensor],
+    values: Sequence[Tensor] | None = None,
+    turns: Sequence[Sequence[int]] | None = None,
+) -> tuple[list[Tensor], list[Tensor] | None, dict[str, float]]:
+    """Return the advantages of sequences whose token rewards are known: stages 4 to 6 of this module.
+
+    Args:
+        settings: how.
+        rewards: ``[n]`` of each sequence.
+        values: ``[n]`` of each from the critic, for ``gae``.
+        turns: sampled tokens of each turn of each sequence; ``gamma`` then discounts by turn, not by token. Not for
+            ``gae``.
+
+    Returns:
+        Advantages ``[n]`` of each; the critic's targets ``[n]`` of each for ``gae``, else None; and the metrics
+        ``advantage_mean`` to ``penalty_scale`` of :func:`rl_advantages`.
+    """
+    rows, targets = list(rewards), None
     reward_scale = advantage_scale = 1.0
     if settings.whiten_rewards:
         mean, reward_scale = whitening(rows)
         rows = _whitened(rows, mean, reward_scale)
-
-    if values is None:
-        returns = None
-        rows = [discounted_returns(row, settings.gamma) for row in rows]
+    if values is not None:
+        pairs = [gae(row, v, settings.gamma, settings.lambd) for row, v in zip(rows, values, strict=True)]
+        rows, targets = [advantages for advantages, _ in pairs], [target for _, target in pairs]
+    elif turns is not None:
+        rows = [discounted_returns_by_turn(row, n, settings.gamma) for row, n in zip(rows, turns, strict=True)]
     else:
-        returns = [v.detach().float() for v in values]
-        pairs = [gae(row, values[i], settings.gamma, settings.lambd) for i, row in zip(trained, rows, strict=True)]
-        rows = [advantages for advantages, _ in pairs]
-        for i, (_, targets) in zip(trained, pairs, strict=True):
-            returns[i] = targets.float()
-
+        rows = [discounted_returns(row, settings.gamma) for row in rows]
+    metrics = {}
     tokens = torch.cat(rows) if rows else torch.zeros(0)
     if tokens.numel():
         metrics["advantage_mean"] = tokens.mean().item()
@@ -255,13 +312,8 @@ def rl_advantages(
     if settings.whiten_advantages or settings.estimator == "reinforce++":
         mean, advantage_scale = whitening(rows)
         rows = _whitened(rows, mean, advantage_scale)
-    metrics["reward_scale"], metrics["advantage_scale"] = reward_scale, advantage_scale
-    metrics["penalty_scale"] = reward_scale * advantage_scale
-
-    advantages = [torch.zeros(n) for n in lengths]
-    for i, row in zip(trained, rows, strict=True):
-        advantages[i] = row.float()
-    return advantages, returns, metrics
+    scales = {"reward_scale": reward_scale, "advantage_scale": advantage_scale}
+    return rows, targets, metrics | scales | {"penalty_scale": reward_scale * advantage_scale}
 
 
 def final_advantages(
@@ -362,9 +414,9 @@ def _whitened(values: Sequence[Tensor], mean: float, scale: float) -> list[Tenso
     return [((v.detach().double() - mean) * scale).to(v.dtype) for v in values]
 
 
-def _check_estimator(estimator: str) -> None:
-    if estimator not in ADVANTAGE_ESTIMATORS:
-        raise ValueError(f"unknown estimator {estimator!r}; one of {', '.join(ADVANTAGE_ESTIMATORS)}")
+def _check_estimator(estimator: str, known: Sequence[str] = ADVANTAGE_ESTIMATORS) -> None:
+    if estimator not in known:
+        raise ValueError(f"unknown estimator {estimator!r}; one of {', '.join(known)}")
 
 
 def _checked_lengths(

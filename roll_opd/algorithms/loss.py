@@ -54,8 +54,8 @@ class LossInputs:
         old_logprobs: before the update.
         advantages: of each token.
         policy_weights: weight of each token's policy loss.
-        segments: int64, which sequence of the row a token belongs to.
-        num_segments: sequences in the row.
+        segments: int64, which sequence of the row a token belongs to; with a policy ratio by turn, which turn.
+        num_segments: sequences, or turns, in the row.
         ref_logprobs: under the reference, when there is one.
         teacher_logprobs: teacher name -> the sampled token's log-probability.
         divergences: teacher name -> divergence at each token, formed at the head (supports other than ``sampled``).

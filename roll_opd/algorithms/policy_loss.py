@@ -23,19 +23,20 @@ class PolicyLoss:
         clip_high: the ratio is bounded above by ``1 + clip_high``.
         dual_clip: for negative advantages the loss is bounded by ``-dual_clip * A``; None switches it off.
         ratio: what the ratio is taken over. ``token``: ``exp(logprob - old_logprob)``. ``seq``: the exponential of the
-            mean of the same difference over the sequence, the same for each of its tokens.
+            mean of the same difference over the sequence, the same for each of its tokens. ``turn``: likewise over one
+            turn of an episode.
     """
 
     clip_low: float | None = 0.2
     clip_high: float | None = 0.2
     dual_clip: float | None = None
-    ratio: Literal["token", "seq"] = "token"
+    ratio: Literal["token", "seq", "turn"] = "token"
 
     def __post_init__(self) -> None:
         if (self.clip_low is None) != (self.clip_high is None):
             raise ValueError("clip_low and clip_high: set both, or neither")
-        if self.ratio not in ("token", "seq"):
-            raise ValueError(f"unknown ratio {self.ratio!r}; one of token, seq")
+        if self.ratio not in ("token", "seq", "turn"):
+            raise ValueError(f"unknown ratio {self.ratio!r}; one of token, seq, turn")
 
     def __call__(
         self,
@@ -47,28 +48,28 @@ class PolicyLoss:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of each token and the per-token quantities worth reporting.
 
-        With ``ratio: seq`` the gradient of each token's loss reaches every token of its sequence: a sequence must be
-        whole in one call.
+        With ``ratio: seq`` or ``turn`` the gradient of each token's loss reaches every token of its sequence or turn,
+        which must be whole in one call.
 
         Args:
             logprobs: ``[n]`` of the sampled tokens under the weights being trained; carries the gradient.
             old_logprobs: ``[n]`` before the update; no gradient.
             advantages: ``[n]``; no gradient.
-            segments: ``[n]`` int64, the sequence that each token belongs to; needed for ``ratio: seq``.
-            num_segments: sequences in this call, empty ones included; needed for ``ratio: seq``.
+            segments: ``[n]`` int64, the sequence (``turn``: the turn) that each token belongs to; not for ``token``.
+            num_segments: sequences (turns) in this call, empty ones included; not for ``token``.
 
         Returns:
             ``loss [n]`` and a dict of detached ``[n]`` tensors: ``ratio``, ``clipped`` (0/1), ``old_minus_new``.
 
         Raises:
-            ValueError: ``ratio: seq`` without segments.
+            ValueError: ``ratio: seq`` or ``turn`` without segments.
         """
         old_logprobs, advantages = old_logprobs.detach(), advantages.detach()
         log_ratio = logprobs - old_logprobs
-        if self.ratio == "seq":
+        if self.ratio != "token":
             if segments is None or num_segments is None:
-                raise ValueError("ratio: seq needs segments and num_segments")
-            log_ratio = _mean_over_sequence(log_ratio, segments, num_segments)
+                raise ValueError(f"ratio: {self.ratio} needs segments and num_segments")
+            log_ratio = _mean_over_segment(log_ratio, segments, num_segments)
         # exp of a bounded difference: a ratio beyond e^20 says that something is broken, not how much.
         ratio = torch.exp(log_ratio.clamp(-20.0, 20.0))
         loss = -ratio * advantages
@@ -90,9 +91,9 @@ class PolicyLoss:
         return loss, stats
 
 
-def _mean_over_sequence(values: Tensor, segments: Tensor, num_segments: int) -> Tensor:
-    """Mean of ``values [n]`` over each sequence, given back to each of its tokens; differentiable."""
-    # fp64: the order in which a GPU adds a sequence's tokens up must not show in fp32.
+def _mean_over_segment(values: Tensor, segments: Tensor, num_segments: int) -> Tensor:
+    """Mean of ``values [n]`` over each segment, given back to each of its tokens; differentiable."""
+    # fp64: the order in which a GPU adds a segment's tokens up must not show in fp32.
     wide = values.double()
     sums = wide.new_zeros(num_segments).index_add(0, segments, wide)
     counts = wide.new_zeros(num_segments).index_add(0, segments, torch.ones_like(wide))

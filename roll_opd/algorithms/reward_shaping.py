@@ -106,33 +106,45 @@ def normalise_rewards(
     Raises:
         ValueError: unknown type, shapes that differ, or ``running`` missing.
     """
+    mean, scale = reward_normaliser(rewards, groups, mean_type, std_type, running)
+    return (rewards.detach().double() - mean) * scale
+
+
+def reward_normaliser(
+    rewards: Tensor,
+    groups: Tensor,
+    mean_type: str | None,
+    std_type: str | None,
+    running: RunningMoments | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return what :func:`normalise_rewards` takes off each reward, and what it multiplies the rest by; ``[N]`` fp64.
+
+    Arguments and errors are those of :func:`normalise_rewards`.
+    """
     for kind in (mean_type, std_type):
         if kind is not None and kind not in NORM_TYPES:
             raise ValueError(f"unknown norm type {kind!r}; one of {', '.join(NORM_TYPES)}, or None")
     if rewards.shape != groups.shape or rewards.dim() != 1:
         raise ValueError(f"{tuple(rewards.shape)} rewards for {tuple(groups.shape)} groups")
     rewards = rewards.detach().double()
-    if rewards.numel() == 0:
-        return rewards
-    if "running" in (mean_type, std_type):
+    if "running" in (mean_type, std_type) and rewards.numel():
         if running is None:
             raise ValueError("norm type running needs the running moments")
         running.update(rewards)
-    batch = torch.zeros_like(groups)
-    centred = rewards
-    if mean_type == "running":
-        assert running is not None
-        centred = rewards - running.mean
-    elif mean_type is not None:
-        centred = rewards - group_moments(rewards, groups if mean_type == "group" else batch)[0]
-    if std_type is None:
-        return centred
-    if std_type == "running":
-        assert running is not None
-        std = torch.full_like(rewards, running.std)
-    else:
-        std = group_moments(rewards, groups if std_type == "group" else batch)[1]
-    return torch.where(std > 0, centred / (std + EPS), torch.zeros_like(centred))
+
+    def moments(kind: str) -> tuple[Tensor, Tensor]:
+        if kind == "running":
+            assert running is not None
+            return torch.full_like(rewards, running.mean), torch.full_like(rewards, running.std)
+        return group_moments(rewards, groups if kind == "group" else torch.zeros_like(groups))[:2]
+
+    mean, scale = torch.zeros_like(rewards), torch.ones_like(rewards)
+    if rewards.numel() and mean_type is not None:
+        mean = moments(mean_type)[0]
+    if rewards.numel() and std_type is not None:
+        std = moments(std_type)[1]
+        scale = torch.where(std > 0, 1.0 / (std + EPS), torch.zeros_like(std))
+    return mean, scale
 
 
 def group_moments(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -79,7 +79,7 @@ def position_weight(length: int, kind: str, scale: float) -> Tensor:
     https://arxiv.org/abs/2602.15260; the two others are smooth versions of it.
 
     Args:
-        length: sampled tokens.
+        length: sampled tokens; in an episode those of one turn, which is a response.
         kind: one of :data:`POSITION_WEIGHTS`.
         scale: tokens, > 0; unused by ``none``.
 
@@ -89,13 +89,36 @@ def position_weight(length: int, kind: str, scale: float) -> Tensor:
     Raises:
         ValueError: unknown kind, or a scale that is not above 0.
     """
+    return _faded(torch.arange(length), kind, scale)
+
+
+def turn_weight(turns: Tensor, kind: str, scale: float) -> Tensor:
+    """Return weights by the number of a token's turn in its episode, by the formulas of :func:`position_weight`.
+
+    With each turn the student is further from where the teacher would have led the episode.
+
+    Args:
+        turns: ``[n]`` int64, the turn that each token was sampled in, from 0 at the start of the episode.
+        kind: one of :data:`POSITION_WEIGHTS`; ``prefix`` keeps the first ``scale`` turns.
+        scale: turns, > 0; unused by ``none``.
+
+    Returns:
+        ``[n]`` float32.
+
+    Raises:
+        ValueError: unknown kind, or a scale that is not above 0.
+    """
+    return _faded(turns, kind, scale)
+
+
+def _faded(position: Tensor, kind: str, scale: float) -> Tensor:
+    position = position.double()
     if kind == "none":
-        return torch.ones(length)
+        return torch.ones_like(position).float()
     if kind not in POSITION_WEIGHTS:
         raise ValueError(f"unknown position weight {kind!r}; one of {', '.join(POSITION_WEIGHTS)}")
     if not scale > 0:
         raise ValueError(f"scale must be above 0, not {scale}")
-    position = torch.arange(length, dtype=torch.float64)
     if kind == "linear":
         weights = (1.0 - position / scale).clamp(min=0.0)
     elif kind == "exponential":

@@ -11,6 +11,14 @@ from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.configs.roll_compat import resolve_class_path
 from roll_opd.configs.worker_config import WorkerConfig
 
+ROLL_GROUP_FILTER = "roll_opd.pipeline.agentic.agentic_pipeline.GroupFilter"
+
+
+def _group_filter(value: Any, path: str) -> Any:
+    """ROLL's default class keeps every group."""
+    found = resolve_class_path(value, path)
+    return None if found == ROLL_GROUP_FILTER else found
+
 
 @dataclass(frozen=True)
 class LLMProxyArguments:
@@ -29,23 +37,35 @@ class EnvManagerConfig(WorkerConfig):
     llm_proxy: LLMProxyArguments = field(default_factory=LLMProxyArguments)
     """Who answers for the student."""
     num_env_groups: int = ranged(128, ge=1)
-    """Groups of environments that run at the same time."""
+    """Groups of environments that run at the same time. Validation plays each of them once."""
     group_size: int = ranged(1, ge=1)
-    """Episodes of a group."""
+    """Episodes of a group. It divides `rollout_batch_size`, which counts episodes."""
     group_size_redundancy: int = ranged(0, ge=0)
     """Episodes of a group beyond `group_size`; the first ones that finish count."""
-    tags: list[str] = field(default_factory=lambda: ["SimpleSokoban"], metadata=parse_with(as_list))
-    """Keys of `custom_envs` that run here."""
+    tags: list[str] = field(default_factory=list, metadata=parse_with(as_list))
+    """Keys of `custom_envs` that run here. None in `val_env_manager`: no validation."""
     num_groups_partition: list[int] | None = None
-    """Groups of each tag, in the order of `tags`; null shares them out evenly."""
+    """Groups of each tag, in the order of `tags`; null shares them out evenly. Their sum is `num_env_groups`. Always
+    set after load."""
     max_traj_per_env: int = ranged(-1, ge=-1)
-    """Episodes that one environment plays in a step at most; -1: as many as the batch needs."""
+    """Episodes that one environment may play in a step: a number that is too small for the batch is refused. -1: as
+    many as the batch needs."""
     max_env_num_per_worker: int = ranged(0, ge=0)
     """Environments in one worker process; 0: all of them."""
     format_penalty: float = 0.0
     """Added to the reward of a turn whose text has not the form that was asked for."""
-    group_filter_cls: str | None = field(default=None, metadata=parse_with(resolve_class_path))
+    group_filter_cls: str | None = field(default=None, metadata=parse_with(_group_filter))
     """Import path of a class that decides which groups are trained; null: all."""
+
+    @property
+    def num_envs(self) -> int:
+        """Environments, and so episodes, at the same time."""
+        return self.num_env_groups * self.group_size
+
+    @property
+    def num_processes(self) -> int:
+        """Processes that hold them."""
+        return -(-self.num_envs // (self.max_env_num_per_worker or self.num_envs))
 
 
 @dataclass(frozen=True)
@@ -101,8 +121,8 @@ class AgenticConfig(PipelineConfig):
     env_monitor: EnvMonitorArguments = field(default_factory=EnvMonitorArguments)
     """Watch for hung environments."""
     batch_adjust_mode: Literal["copy", "delete", "auto", "random_sample"] = "copy"
-    """How a batch gets its size in ROLL. Here no row is trained twice: what does not divide is a smaller last
-    optimizer step (`copy`), or is left out (`delete`, `random_sample`)."""
+    """How a batch gets its size in ROLL. Without effect: no row is trained twice and none is left out, and what does
+    not divide is a smaller last optimizer step."""
     episode_reward_weight: float = 1.0
     """Weight of the episode's outcome."""
     step_reward_weight: float = 1.0
@@ -113,3 +133,18 @@ class AgenticConfig(PipelineConfig):
     """Policy ratio per token or per turn."""
     use_token_reward: bool = False
     """Take rewards per token from the environment."""
+
+    @property
+    def group_size(self) -> int:
+        """Episodes of one environment and seed."""
+        return self.train_env_manager.group_size
+
+    @property
+    def groups_per_step(self) -> int:
+        """Pairs of environment and seed that a step plays; `rollout_batch_size` counts their episodes."""
+        return self.rollout_batch_size // self.group_size
+
+    def environments_in_use(self) -> dict[str, EnvironmentConfig]:
+        """The entries of `custom_envs` that train or validate, by tag."""
+        tags = dict.fromkeys([*self.train_env_manager.tags, *self.val_env_manager.tags])
+        return {tag: self.custom_envs[tag] for tag in tags}

@@ -80,11 +80,11 @@ class BaseConfig:
     """Checks before the first step. `static`: files, models, data and settings. `full`: also a few samples from the
     loaded models. `off`: only what a run cannot do without; for a control such as teacher = student."""
     html_samples: int = ranged(16, ge=0)
-    """Trajectories on the HTML page of samples; 0: no page."""
+    """Trajectories (agentic: episodes) on the HTML page of samples; 0: no page."""
     rollout_batch_size: int = ranged(128, ge=1)
-    """Prompts per step."""
+    """Prompts per step; agentic: episodes per step."""
     val_batch_size: int = ranged(128, ge=1)
-    """Prompts per batch in validation."""
+    """Prompts per batch in validation. Agentic: without effect, `val_env_manager` says how many episodes there are."""
     prompt_length: int = ranged(1024, ge=1)
     """Tokens of a prompt at most; longer ones are dropped and counted."""
     response_length: int | None = ranged(None, ge=1)

@@ -142,12 +142,10 @@ class Builder:
     def _near_misses(self, name: str, value: Mapping[Any, Any], path: str) -> None:
         """Refuse misspelled keys in a block whose other keys are its recipient's business."""
         words = HANDED_ON[name]
-        blocks = {f"{path}.{tag}": one for tag, one in value.items()} if name == "custom_envs" else {path: value}
-        for where, block in blocks.items():
-            for key in block if isinstance(block, Mapping) else ():
-                close = [word for word in sorted(words) if one_edit_apart(str(key), word)]
-                if key not in words and close:
-                    raise ConfigError(self.shown(f"{where}.{key}"), f"unknown key{did_you_mean(key, close)}")
+        for key in value:
+            close = [word for word in sorted(words) if one_edit_apart(str(key), word)]
+            if key not in words and close:
+                raise ConfigError(self.shown(f"{path}.{key}"), f"unknown key{did_you_mean(key, close)}")
 
     def _unknown(self, cls: type, key: Any, value: Any, path: str, at_top: bool) -> None:
         known = roll_keys(cls)

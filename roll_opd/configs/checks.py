@@ -6,10 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from roll_opd.configs.agentic_checks import check_agentic
+from roll_opd.configs.agentic_config import AgenticConfig
 from roll_opd.configs.backend_checks import check_backends
 from roll_opd.configs.backends import backend_settings
 from roll_opd.configs.backends.megatron import MegatronSettings
 from roll_opd.configs.builder import did_you_mean
+from roll_opd.configs.estimator_checks import check_estimator
 from roll_opd.configs.idle_settings import idle_warnings
 from roll_opd.configs.opd_checks import check_logprob_source, check_opd
 from roll_opd.configs.pipeline_config import PipelineConfig
@@ -38,6 +41,8 @@ def check_config(config: PipelineConfig, raw: Mapping[str, Any], names: Mapping[
     _check_sampling(config, names)
     _check_data(config, names, warnings)
     _check_rewards(config)
+    if isinstance(config, AgenticConfig):
+        check_agentic(config, raw, names, warnings)
     _check_groups(config, warnings)
     _check_unused(config, names, warnings)
     _check_batches(config, names, warnings)
@@ -54,6 +59,7 @@ def check_config(config: PipelineConfig, raw: Mapping[str, Any], names: Mapping[
             warnings.append(f"{', '.join(idle)}: no effect, because no teacher is configured")
     if config.adv_estimator == "gae" and config.critic is None:
         raise ConfigError("adv_estimator", "gae needs a critic; add 'critic:', or use reinforce, grpo or rloo")
+    check_estimator(config, raw, warnings)
     if config.pipeline == "rlvr" and config.adv_estimator in AGENTIC_ESTIMATORS:
         problem = f"{config.adv_estimator!r} credits the steps of an episode, and a response has one"
         raise ConfigError("adv_estimator", f"{problem}; use reinforce, reinforce++, grpo, rloo or gae")
@@ -246,7 +252,7 @@ def _check_batches(config: PipelineConfig, names: Mapping[str, str], warnings: l
     training = worker.training_args
     dp = data_parallel_size(worker, path)
     mini_batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * dp
-    samples = config.rollout_batch_size * config.num_return_sequences_in_group
+    samples = config.samples_per_step
     if config.pipeline == "rlvr" and samples % mini_batch:
         parts = f"{training.per_device_train_batch_size} x {training.gradient_accumulation_steps} x {dp}"
         problem = (

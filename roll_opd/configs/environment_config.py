@@ -8,6 +8,12 @@ from typing import Any, Literal
 from roll_opd.configs.field_spec import parse_with, ranged
 from roll_opd.configs.roll_compat import resolve_class_path
 
+DEFAULT_STEP_TEMPLATE = """\
+{env_instruction}
+You have taken {step_count} steps. The last {history_length} of them: {history}
+Step {current_step} begins with:
+{current_observation}"""
+
 
 @dataclass(frozen=True)
 class ToolConfig:
@@ -53,19 +59,20 @@ class EnvironmentConfig:
     max_steps: int = ranged(10, ge=1)
     """Turns of an episode at most."""
     max_tokens_per_step: int | None = ranged(None, ge=1)
-    """Tokens of a turn at most; null: `generating_args.max_new_tokens`."""
+    """Tokens of a turn at most, beside `generating_args.max_new_tokens`; null: that alone. Always set after load."""
     env_manager_cls: str | None = field(default=None, metadata=parse_with(resolve_class_path))
     """ROLL's way to choose `episode_mode`: `…TrajEnvManager` or `…StepEnvManager`."""
     episode_mode: Literal["trajectory", "step"] | None = None
-    """`trajectory`: the student sees all earlier turns, and an episode is one trajectory. `step`: each turn has a prompt
-    of its own (with the last `history_length` turns as text), and is a trajectory. Null: as `env_manager_cls` says, else
-    `trajectory`."""
+    """`trajectory`: the student sees all earlier turns, and an episode is one trajectory. `step`: each turn has a
+    prompt of its own (with the last `history_length` turns as text), and is a trajectory. Null: as `env_manager_cls`
+    says, else `trajectory`. Set after load, unless a manager of ROLL's is named that is only planned."""
     agent_system_template: str | None = None
     """System message; null: none."""
     agent_template: str = "{observation}"
     """User message of a turn. In `trajectory` mode it may name `observation`, `turn_idx`, `actions_left`,
     `max_response_length` and `suffix`; in `step` mode `env_instruction`, `history`, `history_length`, `step_count`,
-    `current_step`, `current_observation` and `max_response_length`."""
+    `current_step`, `current_observation` and `max_response_length`; the default there shows all but the last. A brace
+    that is no field is written twice."""
     history_length: int = ranged(5, ge=0)
     """Earlier turns that the prompt of a turn shows, in `step` mode."""
     on_rewrite: Literal["split", "keep"] = "split"
@@ -83,6 +90,6 @@ class EnvironmentConfig:
     max_env_step_concurrent: int = ranged(0, ge=0)
     """Resets and steps of this environment at the same time, over all processes; 0: no limit."""
     use_thread_lock: bool = False
-    """Read by ROLL. Here a process runs one step at a time of environments that share it."""
+    """One reset or step at a time in each process, for environments that cannot work side by side in one."""
     agent_runner_cls: str | None = None
     """An agent of ROLL's that plays in the student's place; planned only."""

@@ -38,8 +38,23 @@ def _without_filter(c: Any) -> bool:
 
 _ONE = "num_return_sequences_in_group is 1, and a prompt with one score is always kept"
 
+
+def _agentic(c: Any) -> bool:
+    return bool(c.pipeline == "agentic")
+
+
 # The first rule of a field that holds gives the reason.
 RULES = (
+    # Episodes.
+    Idle("rewards validation num_return_sequences_in_group", _agentic,
+         "environments reward, val_env_manager validates, and train_env_manager.group_size counts the samples"),
+    Idle("reward_normalization episode_reward_weight step_reward_weight step_reward_gamma",
+         lambda c: c.mode == "pure_opd", "rewards only monitor in pure distillation"),
+    Idle("episode_reward_weight step_reward_weight", lambda c: c.adv_estimator != "gigpo",
+         "only adv_estimator gigpo has them"),
+    Idle("step_reward_gamma", lambda c: c.adv_estimator not in ("gigpo", "step_reinforce"),
+         "only adv_estimator gigpo and step_reinforce discount the steps"),
+    Idle("ratio_type", _pure_direct, "pure distillation with objective direct has no policy loss"),
     # The policy loss.
     Idle("advantage_clip pg_clip use_pg_clip_range pg_clip_low pg_clip_high dual_clip_loss importance_sampling",
          _pure_direct, "pure distillation with objective direct has no policy loss"),

@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from roll_opd.configs.agentic_config import AgenticConfig, EnvManagerConfig
 from roll_opd.configs.backends import SETTINGS, backend_settings
 from roll_opd.configs.backends.vllm import VLLMSettings
 from roll_opd.configs.checks import roles_of
 from roll_opd.configs.data_args import DataArguments
+from roll_opd.configs.estimator_checks import lone_episodes
 from roll_opd.configs.loader import LoadedConfig
 from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.configs.role_checks import NOT_YET_RUN, changed, role_blockers, role_unread
@@ -27,7 +29,6 @@ RUNNABLE_STRATEGIES: dict[str, tuple[str, ...]] = {
     "reference": ("hf_infer", "fsdp2_infer", "megatron_infer", "vllm", "remote"),
     "critic": ("fsdp2_train",),
 }
-RUNNABLE_PIPELINES = ("rlvr",)
 # Fields of the pipeline that must keep their default until someone implements them.
 NOT_YET = [
     "async_generation_ratio",
@@ -45,6 +46,10 @@ NOT_YET = [
     "rollout_dump_dir",
     "mask_type",
 ]
+# Fields of the agentic pipeline, of its environments' workers, and of an environment, likewise.
+NOT_YET_AGENTIC = ["reward", "use_token_reward"]
+NOT_YET_ENV_MANAGER = ["llm_proxy", "group_size_redundancy", "group_filter_cls", "worker_cls"]
+NOT_YET_ENVIRONMENT = ["agent_runner_cls"]
 NOT_YET_GENERATING = ["min_p", "repetition_penalty", "ignore_eos", "include_stop_str_in_output"]
 # Each could change a verdict.
 NOT_YET_REWARD = [
@@ -61,6 +66,28 @@ NOT_YET_REWARD = [
 ]
 # Settings that only affect speed or memory and that nothing reads yet; whoever reads one removes it here.
 UNREAD_PIPELINE = ["val_batch_size"]
+# Episodes are on the pages of samples; environments have deadlines of their own, in their entry of custom_envs.
+UNREAD_AGENTIC = ["render_save_dir", "env_monitor"]
+# What a role that holds a model has and environments do not need; those not named here are read.
+UNREAD_ENV_MANAGER = [
+    "model_args",
+    "training_args",
+    "data_args",
+    "strategy_args",
+    "device_mapping",
+    "num_gpus_per_worker",
+    "world_size",
+    "infer_batch_size",
+    "logits_in_fp32",
+    "use_sequence_packing",
+    "sequence_packing_args",
+    "use_dynamic_batching_in_train",
+    "max_tokens_per_microbatch_in_train",
+    "use_dynamic_batching_in_infer",
+    "max_tokens_per_microbatch_in_infer",
+    "cpu_threads",
+    "backend_timeout",
+]
 UNREAD_DATA = ["preprocessing_num_workers"]
 
 
@@ -99,11 +126,10 @@ def launch_blockers(loaded: LoadedConfig) -> list[ConfigError]:
     """Everything in ``loaded`` that this version cannot run, each with the nearest value that it can."""
     config, names = loaded.config, loaded.yaml_names
     found = [ConfigError(path, f"{reason}; planned only") for path, reason in loaded.planned.items()]
-    if config.pipeline not in RUNNABLE_PIPELINES:
-        field = "pure_opd_pipeline_type" if config.is_pure_opd else "pipeline"
-        found.append(ConfigError(field, f"{config.pipeline!r} {NOT_YET_RUN}; use rlvr"))
     found += _strategies(loaded)
     found += changed(config, NOT_YET, "")
+    if isinstance(config, AgenticConfig):
+        found += _agentic(config)
     for path, worker in launched_roles(config, names).items():
         found += role_blockers(config, worker, path)
     found += _forgetful_engine(config, names)
@@ -133,7 +159,9 @@ def launch_warnings(loaded: LoadedConfig) -> list[str]:
     """
     config, names = loaded.config, loaded.yaml_names
     warnings = _critic_warnings(config)
-    unread = changed(config, UNREAD_PIPELINE, "")
+    unread = changed(config, UNREAD_PIPELINE if config.pipeline == "rlvr" else UNREAD_AGENTIC, "")
+    for path, manager in _env_managers(config).items():
+        unread += changed(manager, UNREAD_ENV_MANAGER, path)
     for path, worker in launched_roles(config, names).items():
         unread += role_unread(config, worker, path)
     for path, data in _data_blocks(config, names).items():
@@ -142,6 +170,32 @@ def launch_warnings(loaded: LoadedConfig) -> list[str]:
         fields = ", ".join(error.field for error in unread)
         warnings.append(f"settings for speed or memory that this version does not read: {fields}")
     return warnings
+
+
+def _agentic(config: AgenticConfig) -> list[ConfigError]:
+    found = changed(config, NOT_YET_AGENTIC, "")
+    for path, manager in _env_managers(config).items():
+        found += changed(manager, NOT_YET_ENV_MANAGER, path)
+        if manager.generating_args != config.actor_infer.generating_args:
+            found += changed(manager.generating_args, NOT_YET_GENERATING, f"{path}.generating_args")
+    for tag, env in config.environments_in_use().items():
+        path = f"custom_envs.{tag}"
+        if env.episode_mode is None:
+            problem = f"{env.env_manager_cls} {NOT_YET_RUN}; use null, and episode_mode: trajectory or step"
+            found.append(ConfigError(f"{path}.env_manager_cls", problem))
+        found += changed(env, NOT_YET_ENVIRONMENT, path)
+    lone = lone_episodes(config)
+    if lone is not None and config.mode == "rl":
+        found.append(lone)
+    return found
+
+
+def _env_managers(config: PipelineConfig) -> dict[str, EnvManagerConfig]:
+    """The workers of environments that are started, by path."""
+    if not isinstance(config, AgenticConfig):
+        return {}
+    managers = {"train_env_manager": config.train_env_manager, "val_env_manager": config.val_env_manager}
+    return {path: manager for path, manager in managers.items() if manager.tags}
 
 
 def _critic_warnings(config: PipelineConfig) -> list[str]:

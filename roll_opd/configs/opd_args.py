@@ -43,9 +43,14 @@ class OPDArguments:
     entropy_keep: float | None = ranged(None, gt=0, le=1)
     """Share of a batch's tokens that the teacher's term keeps: those where the student is least sure; null: all."""
     position_weight: Literal["none", "linear", "exponential", "prefix"] = "none"
-    """How the teacher's term fades with the position in the response; `prefix` keeps the first tokens alone."""
+    """How the teacher's term fades with the position in the response (in an episode: in the turn); `prefix` keeps the
+    first tokens alone."""
     position_scale: float = ranged(256.0, gt=0)
     """Tokens over which `position_weight` fades (exponential: to 1/e; linear: to 0; prefix: how many are kept)."""
+    turn_weight: Literal["none", "linear", "exponential", "prefix"] = "none"
+    """Agentic: how the teacher's term fades with the turn of the episode; `prefix` keeps the first turns alone."""
+    turn_scale: float = ranged(8.0, gt=0)
+    """Turns over which `turn_weight` fades, as `position_scale` says for tokens."""
     coef_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How every teacher's coefficient moves over the run, from itself to `coef_end` times itself."""
     coef_end: float = ranged(0.0, ge=0)

@@ -176,6 +176,21 @@ class PipelineConfig(BaseConfig, DataClassJsonMixin):
         return "mixed_opd" if self.use_opd else "rl"
 
     @property
+    def group_size(self) -> int:
+        """Samples of one draw: responses to a prompt, or episodes of one environment and seed."""
+        return self.num_return_sequences_in_group
+
+    @property
+    def groups_per_step(self) -> int:
+        """Draws whose samples make a step."""
+        return self.rollout_batch_size
+
+    @property
+    def samples_per_step(self) -> int:
+        """Responses or episodes of a step; an episode may become several trajectories."""
+        return self.groups_per_step * self.group_size
+
+    @property
     def needs_reference(self) -> bool:
         """Whether something of the signal is a distance to the frozen ``reference``."""
         in_loss = self.use_kl_loss and self.kl_loss_coef > 0

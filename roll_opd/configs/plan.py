@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from roll_opd.configs.agentic_config import AgenticConfig, EnvManagerConfig
 from roll_opd.configs.device_mapping import format_devices
 from roll_opd.configs.launch_checks import model_holders, starts_critic, weight_followers
 from roll_opd.configs.loader import LoadedConfig
@@ -44,6 +45,7 @@ def plan_as_dict(loaded: LoadedConfig) -> dict[str, Any]:
         "roles": roles,
         "teachers": teachers,
         "rewards": rewards,
+        "environments": _environments(config) if isinstance(config, AgenticConfig) else {},
         "memory": {path: found and dataclasses.asdict(found) for path, found in _footprints(loaded).items()},
         "sharing": [
             {"devices": list(group.devices), "roles": list(group.roles)}
@@ -70,13 +72,60 @@ def render_plan_text(loaded: LoadedConfig) -> str:
         for name, entry in plan["teachers"].items():
             lines.append(f"  {name}: tags {', '.join(entry['tags']) or '(all)'}, opd_kl_coef {entry['opd_kl_coef']:g}")
     lines += ["", "estimated memory (activations come on top):"] + [f"  {line}" for line in _memory(loaded)]
-    lines += ["", "rewards:" if plan["rewards"] else "rewards: none"]
+    if isinstance(config, AgenticConfig):
+        lines += ["", "environments:"] + [f"  {line}" for line in _environment_lines(config)]
+    else:
+        lines += ["", "rewards:" if plan["rewards"] else "rewards: none"]
     for name, entry in plan["rewards"].items():
         lines.append(f"  {name}: {entry['worker_cls']}, tags {', '.join(entry['tags']) or '(all)'}")
     lines += ["", "warnings:" if plan["warnings"] else "warnings: none"]
     for warning in plan["warnings"]:
         lines += textwrap.wrap(warning, 116, initial_indent="  - ", subsequent_indent="    ", break_long_words=False)
     return "\n".join(lines)
+
+
+def _managers(config: AgenticConfig) -> dict[str, EnvManagerConfig]:
+    managers = {"train": config.train_env_manager, "validation": config.val_env_manager}
+    return {name: manager for name, manager in managers.items() if manager.tags}
+
+
+def _environments(config: AgenticConfig) -> dict[str, Any]:
+    """Each environment in use by its tag, with the groups that it has in each part."""
+    return {
+        tag: {
+            "env_type": env.env_type,
+            # A manager of ROLL's that is planned only stands for a mode that does not exist here.
+            "mode": env.episode_mode or str(env.env_manager_cls).rpartition(".")[2],
+            "max_steps": env.max_steps,
+            "max_tokens_per_step": env.max_tokens_per_step,
+            "groups": {
+                name: dict(zip(manager.tags, manager.num_groups_partition or [], strict=True)).get(tag, 0)
+                for name, manager in _managers(config).items()
+            },
+        }
+        for tag, env in config.environments_in_use().items()
+    }
+
+
+def _environment_lines(config: AgenticConfig) -> list[str]:
+    """A table of the environments, and a line for training and for validation."""
+    found, managers = _environments(config), _managers(config)
+    rows: list[tuple[str, ...]] = [("tag", "env_type", "mode", "turns", "tokens of a turn", *managers)]
+    for tag, entry in found.items():
+        counts = [
+            f"{entry['groups'][name]} x {manager.group_size}" if entry["groups"][name] else "-"
+            for name, manager in managers.items()
+        ]
+        limits = (str(entry["max_steps"]), str(entry["max_tokens_per_step"]))
+        rows.append((tag, entry["env_type"], entry["mode"], *limits, *counts))
+    lines = _table(rows)
+    for name, manager in managers.items():
+        said = f"{name}: {manager.num_env_groups} groups x {manager.group_size} = {manager.num_envs} at a time in"
+        said += f" {manager.num_processes} {'process' if manager.num_processes == 1 else 'processes'}"
+        if name == "train":
+            said += f"; a step plays {config.groups_per_step} groups, {config.samples_per_step} episodes"
+        lines.append(said)
+    return lines
 
 
 def _footprints(loaded: LoadedConfig) -> dict[str, Footprint | None]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from roll_opd.configs.agentic_config import AgenticConfig
+from roll_opd.configs.agentic_resolve import resolve_agentic, share_sampling
 from roll_opd.configs.backends import backend_settings
 from roll_opd.configs.backends.vllm import VLLMSettings
 from roll_opd.configs.generating_args import GeneratingArguments
@@ -37,11 +39,15 @@ FORCED_IN_PURE_MODE: tuple[tuple[str, Any, str], ...] = (
 
 def resolve(config: P, raw: Mapping[str, Any], names: Mapping[str, str], warnings: list[str]) -> P:
     """Return ``config`` with everything filled in; ``raw`` tells what the user set, ``warnings`` is added to."""
+    if isinstance(config, AgenticConfig):
+        config = share_sampling(config, names, warnings)
     config = _lengths(config, raw, names)
     config = _model_paths(config, names)
     if config.is_pure_opd:
         config = _force_pure(config, raw, warnings)
     config = _generation(config, names, warnings)
+    if isinstance(config, AgenticConfig):
+        config = resolve_agentic(config, raw)
     teachers = {
         name: _worker(teacher, f"teacher-{name}" if len(config.teachers) > 1 else "teacher", "hf_infer", path, warnings)
         for name, teacher in config.teachers.items()
@@ -161,7 +167,8 @@ def _generation(config: P, names: Mapping[str, str], warnings: list[str]) -> P:
     infer = config.actor_infer
     sampling = infer.generating_args or GeneratingArguments()
     path = f"{names['actor_infer']}.generating_args"
-    group = config.num_return_sequences_in_group
+    # An episode asks for one turn at a time.
+    group = config.num_return_sequences_in_group if config.pipeline == "rlvr" else 1
     if sampling.num_return_sequences not in (None, group) and config.pipeline == "rlvr":
         problem = f"num_return_sequences_in_group ({group}) decides how many samples a prompt gets"
         warnings.append(f"{path}.num_return_sequences: {sampling.num_return_sequences} has no effect, {problem}")

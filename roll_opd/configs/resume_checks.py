@@ -26,6 +26,9 @@ FREE = split_names("""
 FREE_IN_ROLES = split_names("""
     name device_mapping world_size num_gpus_per_worker cpu_threads backend_timeout system_envs
 """)
+# The same for an environment, and for the workers of those that train.
+FREE_IN_ENVIRONMENTS = split_names("reset_timeout step_timeout max_env_step_concurrent use_thread_lock")
+FREE_IN_ENV_MANAGER = split_names("max_env_num_per_worker max_traj_per_env")
 # Changes that make the rest of the run another experiment, which a user may want. Any other setting of the pipeline is
 # part of the update or of the order of the data: a continuation with it would be neither run.
 WARNED = split_names("""
@@ -42,7 +45,7 @@ WARNED_IN_ACTOR_TRAIN = (
     "model_args.trust_remote_code",
 )
 _NAMED_ROLES = ("teachers", "rewards")
-_ROLES = ("actor_train", "actor_infer", "reference", "critic", *_NAMED_ROLES)
+_ROLES = ("actor_train", "actor_infer", "reference", "critic", "train_env_manager", *_NAMED_ROLES)
 _ABSENT = object()
 
 
@@ -117,7 +120,13 @@ def _verdict(path: str) -> str:
     inside = rest[1:] if top in _NAMED_ROLES else rest
     if top in FREE or (top in _ROLES and inside and inside[0] in FREE_IN_ROLES):
         return "free"
-    if top in WARNED:
+    if top == "custom_envs" and rest[1:] and rest[1] in FREE_IN_ENVIRONMENTS:
+        return "free"
+    if top == "train_env_manager" and rest and rest[0] in FREE_IN_ENV_MANAGER:
+        return "free"
+    # Where they are left open, both follow actor_infer's sampling.
+    follows = (top == "train_env_manager" and rest[:1] == ["generating_args"]) or rest[1:] == ["max_tokens_per_step"]
+    if top in WARNED or follows:
         return "warned"
     if top == "actor_train":
         within = ".".join(rest)

@@ -14,7 +14,7 @@ from roll_opd.configs.backends import SETTINGS, backend_settings
 from roll_opd.configs.backends.megatron import MegatronSettings
 from roll_opd.configs.backends.vllm import VLLMSettings
 from roll_opd.configs.model_args import ModelArguments
-from roll_opd.configs.pipeline_config import PipelineConfig, RLVRConfig
+from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.configs.worker_config import TeacherConfig, WorkerConfig
 from roll_opd.errors import ConfigError
 
@@ -171,7 +171,7 @@ def _said_twice(config: PipelineConfig, worker: WorkerConfig, path: str) -> Iter
 
 def changed(block: Any, keys: list[str], path: str) -> list[ConfigError]:
     """Refuse the fields among ``keys`` that differ from their defaults."""
-    defaults = RLVRConfig() if isinstance(block, PipelineConfig) else type(block)()
+    defaults = type(block)()
     present = {field.name for field in dataclasses.fields(block)}
     found = []
     for key in keys:

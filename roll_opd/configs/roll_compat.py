@@ -185,8 +185,10 @@ ROLL_KEYS: dict[str, dict[str, RollKey]] = {
         ),
         **_same("use_token_reward episode_reward_weight step_reward_weight step_reward_gamma ratio_type"),
         **_fixed(
-            batch_adjust_mode="no row is trained twice: with `copy` a rollout that does not divide ends in a smaller "
-            "optimizer step",
+            norm_mean_type="refused; `reward_normalization` decides",
+            norm_std_type="refused; `reward_normalization` decides",
+            batch_adjust_mode="no row is trained twice and none is left out: a rollout that does not divide ends in a "
+            "smaller optimizer step",
         ),
         **_ignored(_UNREAD, "dirty_data_mask open_feedback_turn use_reward_scaling use_reward_norm add_len_reward"),
         **_ignored("environments bring the prompts", "is_use_additional_prompts max_additional_running_prompts"),
@@ -377,10 +379,33 @@ ROLL_KEYS: dict[str, dict[str, RollKey]] = {
     "TrainInferFilterArguments": _same(
         "enabled agg_type ratio_enabled ratio_low ratio_high diff_enabled diff_low diff_high"
     ),
-    "EnvManagerConfig": _same(
-        "llm_proxy num_env_groups group_size group_size_redundancy tags num_groups_partition max_traj_per_env "
-        "format_penalty max_env_num_per_worker group_filter_cls"
-    ),
+    "EnvManagerConfig": {
+        **_same("num_env_groups group_size group_size_redundancy format_penalty max_env_num_per_worker"),
+        **_fixed(
+            llm_proxy="only `policy` runs",
+            tags="no default, where ROLL has `SimpleSokoban`; without tags in `val_env_manager` there is no validation",
+            num_groups_partition="shared out evenly when left out, where ROLL has `[128]`; what does not add up to "
+            "`num_env_groups` is refused",
+            max_traj_per_env="checked against the batch, and otherwise without effect",
+            group_filter_cls="ROLL's default, which keeps every group, is null here",
+        ),
+    },
+    "EnvironmentConfig": {
+        **_same("env_config max_steps max_tokens_per_step use_thread_lock history_length agent_system_template"),
+        **_same("max_env_step_concurrent tool_wrapper"),
+        **_fixed(
+            env_type="the short names of environments that exist here, `gym:<id>`, `gem:<id>`, GEM's own names, or the "
+            "import path of a class; an unknown one is refused at launch",
+            env_manager_cls="`TrajEnvManager` and `StepEnvManager` choose `episode_mode`; other managers are planned "
+            "only",
+            agent_runner_cls="planned only",
+            agent_template="an unknown field, or none that shows the observation, is refused",
+        ),
+        **_planned(_MEDIA, "", names="pre_step_template next_step_template"),
+    },
+    "ToolWrapperConfig": _same("wrapper_args tool_configs"),
+    "ToolWrapperArguments": _same("tool_reward tool_success_reward max_tool_uses"),
+    "ToolConfig": _same("tool_id tool_args"),
     "EnvRewardConfig": _same("llm_proxy"),
     "LLMProxyArguments": _same("proxy_type proxy_config"),
     "RewardNormalizationArguments": {
@@ -424,6 +449,10 @@ ROLL_CLASSES: dict[str, str] = {
     "LLMProxyArguments": "LLMProxyConfig",
     "RewardNormalizationArguments": "RewardNormalizationConfig",
     "EnvMonitorArguments": "EnvMonitorConfig",
+    "EnvironmentConfig": "an entry of `custom_envs`, a plain mapping in ROLL",
+    "ToolWrapperConfig": "`tool_wrapper`, a plain mapping in ROLL",
+    "ToolWrapperArguments": "`tool_wrapper.wrapper_args`, a plain mapping in ROLL",
+    "ToolConfig": "`tool_wrapper.tool_configs`, plain mappings in ROLL",
     "CheckpointArguments": "`checkpoint_config`, a plain mapping in ROLL",
 }
 
@@ -439,15 +468,10 @@ OTHER_PIPELINES: dict[str, str] = {
 }
 
 # Blocks that are handed on as they are, and words that are usual in them: a near miss of one is a typo, another key is
-# the recipient's business. By the name of the field; under `custom_envs` the words are one level deeper.
+# the recipient's business. By the name of the field.
 HANDED_ON: dict[str, frozenset[str]] = {
     "tracker_kwargs": split_names("log_dir api_key project name notes tags"),
     "filter_args": split_names("threshold_up threshold_down std_threshold"),
-    "custom_envs": split_names("""
-        env_type env_config env_manager_cls agent_runner_cls max_steps max_tokens_per_step use_thread_lock
-        history_length agent_system_template agent_template pre_step_template next_step_template
-        max_env_step_concurrent tool_wrapper
-    """),
 }
 
 # Variables at the top of ROLL's files, for its fragments to read. One that nothing reads is reported as ignored.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from roll_opd.datasets.prompts import Prompt, check_template_kwargs, render_chat, tokenize
+from roll_opd.datasets.prompts import Prompt, check_template_kwargs, render_chat, response_opening, tokenize
 from roll_opd.datasets.row import Row
 from roll_opd.errors import ConfigError, DataError
 
@@ -94,7 +94,7 @@ def encode_contexts(
     compiled = _environment().from_string(template)
     texts = []
     for prompt in prompts:
-        text = _context_text(prompt.row, compiled)
+        text = _rendered(compiled, _template_fields(prompt.row), prompt.row.where)
         if apply_chat_template:
             text = _in_conversation(prompt, text, tokenizer, kwargs)
         texts.append(text)
@@ -118,25 +118,38 @@ def _environment() -> Environment:
     return ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
 
 
-def _context_text(row: Row, template: Template) -> str:
+def render_context(template: str, fields: Mapping[str, Any], where: str) -> str:
+    """Render a context template.
+
+    Args:
+        template: ``teacher_args.context_template``.
+        fields: what it can name.
+        where: what they belong to, for messages.
+
+    Raises:
+        DataError: a field is missing, the template fails, or it gives no text.
+    """
+    return _rendered(_environment().from_string(template), fields, where)
+
+
+def _rendered(template: Template, fields: Mapping[str, Any], where: str) -> str:
     from jinja2 import TemplateError, UndefinedError
 
-    fields = _template_fields(row)
     try:
         text = template.render(fields)
         text.encode("utf-8")
     except UndefinedError as error:
         raise DataError(
-            f"{row.where}: the context template uses a field that this row does not give: {error.message} (the row "
-            f"gives {', '.join(sorted(fields))}); add it to the row, or ask for it with {{% if ... is defined %}}"
+            f"{where}: the context template uses a field that this does not give: {error.message} (it "
+            f"gives {', '.join(sorted(fields))}); add it, or ask for it with {{% if ... is defined %}}"
         ) from error
     except UnicodeEncodeError as error:
-        raise DataError(f"{row.where}: the rendered context template holds an unpaired surrogate") from error
+        raise DataError(f"{where}: the rendered context template holds an unpaired surrogate") from error
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         # Whatever an expression of the template can raise: it is the user's code.
-        raise DataError(f"{row.where}: the context template fails on this row: {error}") from error
+        raise DataError(f"{where}: the context template fails here: {error}") from error
     if not text.strip():
-        raise DataError(f"{row.where}: the context template gives no text for this row")
+        raise DataError(f"{where}: the context template gives no text here")
     return text
 
 
@@ -163,10 +176,9 @@ def _in_conversation(prompt: Prompt, text: str, tokenizer: PreTrainedTokenizerBa
     row = prompt.row
     messages = [dict(message) for message in row.messages or ({"role": "user", "content": row.prompt},)]
     messages[_last_user(row, messages)]["content"] = text
-    context = render_chat(row, messages, tokenizer, kwargs)
+    context = render_chat(row.where, messages, tokenizer, kwargs)
     # The response follows both prompts, so what opens it must be the same; a chat template may look at the text.
-    without = render_chat(row, messages, tokenizer, kwargs, add_generation_prompt=False)
-    opening = context.removeprefix(without) if context.startswith(without) else ""
+    opening = response_opening(context, row.where, messages, tokenizer, kwargs)
     if not prompt.text.endswith(opening):
         raise DataError(
             f"{row.where}: the chat template opens the response with {opening!r} behind the teacher's context, and the "

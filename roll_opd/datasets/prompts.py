@@ -118,7 +118,7 @@ def encode_prompts(
         # Rendering first and tokenising the text is what apply_chat_template(tokenize=True) does inside; this way the
         # text is at hand, and nothing depends on whether a transformers version returns a list or a dict there.
         texts = [
-            render_chat(row, row.messages or ({"role": "user", "content": row.prompt},), tokenizer, kwargs)
+            render_chat(row.where, row.messages or ({"role": "user", "content": row.prompt},), tokenizer, kwargs)
             if apply_chat_template
             else _bare(row)
             for row in batch
@@ -155,7 +155,7 @@ def check_template_kwargs(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def render_chat(
-    row: Row,
+    where: str,
     messages: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     kwargs: Mapping[str, Any],
@@ -164,7 +164,7 @@ def render_chat(
     """A conversation as the chat template writes it, ending where the student begins.
 
     Args:
-        row: the row that it belongs to, for the message.
+        where: the row or the environment that it belongs to, for the message.
         messages: the conversation.
         tokenizer: has the chat template.
         kwargs: see :func:`check_template_kwargs`.
@@ -181,9 +181,25 @@ def render_chat(
             copies, tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs
         )
     except TemplateError as error:
-        raise DataError(f"{row.where}: the tokenizer's chat template refuses this row: {error}") from error
+        raise DataError(f"{where}: the tokenizer's chat template refuses this conversation: {error}") from error
     assert isinstance(text, str)
     return text
+
+
+def response_opening(
+    text: str,
+    where: str,
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    kwargs: Mapping[str, Any],
+) -> str:
+    """What the chat template writes behind the last message: the mark of the assistant's turn, perhaps a first word.
+
+    Args:
+        text: what :func:`render_chat` made of the conversation; the other arguments are those it was given.
+    """
+    without = render_chat(where, messages, tokenizer, kwargs, add_generation_prompt=False)
+    return text.removeprefix(without) if text.startswith(without) else ""
 
 
 def tokenize(

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class BasePipeline(ABC):
         self.next_draw = 0
         self.findings: list[Finding] = []
         self._rewards_in_time = True
+        self._closers: list[Callable[[], None]] = []
         # Teachers' output projections that the trainer does not have yet, by teacher.
         self._new_heads: dict[str, Any] = {}
         self._resume_from: Path | None = None
@@ -92,6 +93,10 @@ class BasePipeline(ABC):
         return None
 
     # ---- the loop ------------------------------------------------------------------------------------------------
+
+    def at_end(self, close: Callable[[], None]) -> None:
+        """Have something closed when the run is over, once the stream has stopped."""
+        self._closers.append(close)
 
     def check(self) -> None:
         """Refuse what cannot work, before any process is started; comes before :meth:`run`."""
@@ -193,9 +198,11 @@ class BasePipeline(ABC):
             self.weight_syncs[TEACHER_ROLE + name] = self._weight_sync(self.clusters.scorers[name], mix)
         self._ask_for_heads(name for name in self.config.teachers if name not in self.moving)
         self.stream = self.build_stream(self.clusters)
+        for close in self._closers:
+            stack.callback(close)
         stack.callback(self.stream.close)
-        size = self.config.rollout_batch_size
-        self.stream.start(self.task_of, size, self.next_draw, self.step, self.config.max_steps)
+        size, last = self.config.groups_per_step, self.config.max_steps
+        self.stream.start(self.task_of, size, self.next_draw, self.step, last)
 
     def _weight_sync(self, targets: Cluster, mix: float = 1.0) -> WeightSync:
         train, bucket = self.clusters.train, self.config.model_update_buffer_size_mb << 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -15,15 +16,20 @@ T = TypeVar("T")
 
 
 def mini_batch_size(config: WorkerConfig, num_ranks: int) -> int:
-    """Trajectories of one optimizer step."""
+    """Samples of one optimizer step; an episode is one, however many segments it has."""
     training = config.training_args
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * num_ranks
 
 
 def mini_batches(trajectories: Sequence[Trajectory], size: int) -> Iterator[list[Trajectory]]:
-    """Cut into optimizer steps, in the order given; the last one may be smaller (its loss is normalised by itself)."""
-    for start in range(0, len(trajectories), size):
-        yield list(trajectories[start : start + size])
+    """Cut into optimizer steps of ``size`` samples, in the order given; the segments of an episode stay together.
+
+    The number of steps therefore follows from the number of episodes, which the learning rate's schedule counts on. The
+    last one may be smaller; its loss is normalised by itself.
+    """
+    episodes = [list(segments) for _, segments in itertools.groupby(trajectories, key=lambda t: t.id[:2])]
+    for start in range(0, len(episodes), size):
+        yield [t for segments in episodes[start : start + size] for t in segments]
 
 
 def rank_shares(items: Sequence[T], num_ranks: int) -> list[list[T]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from roll_opd.configs.agentic_config import AgenticConfig
+from roll_opd.configs.estimator_checks import normalisation_of
 from roll_opd.configs.pipeline_config import PipelineConfig
 
 
@@ -19,7 +21,9 @@ def formula(config: PipelineConfig) -> str:
         terms = " + ".join(f"{_coef(config, name)} * {_score(config, name)}" for name in config.teachers)
         terms = _combined(config, terms)
         if config.mode == "mixed_opd" and args.apply_to == "reward":
-            reward = f"{config.adv_estimator}(reward at the last token + {terms}; discount {config.gamma:g})"
+            what, discount = _external(config)
+            where = "" if isinstance(config, AgenticConfig) else " at the last token"
+            reward = f"{config.adv_estimator}({what}{where} + {terms}; {discount})"
             terms = ""
         parts.append(f"advantage A_t = {' + '.join(t for t in (reward, terms) if t)} on sampled tokens")
     if config.needs_reference and config.use_kl_loss:
@@ -56,7 +60,33 @@ def _reward_terms(config: PipelineConfig) -> str:
     penalty = f" - {config.init_kl_coef:g} * {config.kl_penalty}(student, reference)"
     kl = penalty if config.needs_reference and config.add_token_level_kl else ""
     whitened = ", whitened" if config.whiten_advantages or config.adv_estimator == "reinforce++" else ""
-    return f"{config.adv_estimator}(reward{kl}; discount {config.gamma:g}{whitened})"
+    what, discount = _external(config)
+    return f"{config.adv_estimator}({what}{kl}; {discount}{whitened})"
+
+
+def _external(config: PipelineConfig) -> tuple[str, str]:
+    """The rewards that an estimator starts from, and how it discounts them."""
+    estimator, discount = config.adv_estimator, f"discount {config.gamma:g}"
+    if not isinstance(config, AgenticConfig):
+        return "reward", discount
+    step = f"returns of turns at discount {config.step_reward_gamma:g}"
+    spec = normalisation_of(config)
+    normalised = f"{_over('centred', spec.mean, spec.grouping)}{_over('scaled', spec.std, spec.grouping)}"
+    if estimator == "gigpo":
+        weights = config.episode_reward_weight, config.step_reward_weight
+        parts = f"{weights[0]:g} * episode score{normalised} + {weights[1]:g} * {step}"
+        by_state = normalised.replace(spec.grouping, "turns of its state")
+        return f"{parts}{by_state}", f"{discount} within the turn"
+    if estimator == "step_reinforce":
+        return f"{step}{normalised}", f"{discount} within the turn"
+    if estimator == "agentic_reinforce":
+        return f"rewards of turns{normalised}", f"{discount} by turn"
+    what = "rewards of turns" if estimator == "gae" else "episode score"
+    return f"{what}{normalised}", discount
+
+
+def _over(verb: str, kind: str | None, grouping: str) -> str:
+    return "" if kind is None else f" {verb} over {grouping if kind == 'group' else 'batch'}"
 
 
 def _score(config: PipelineConfig, teacher: str) -> str:
@@ -106,6 +136,8 @@ def _bounds(config: PipelineConfig) -> list[str]:
     bounds = [f"{name}{value:g}" for name, value in named.items() if value is not None]
     if args.position_weight != "none":
         bounds.append(f"{args.position_weight} position weight over {args.position_scale:g} tokens")
+    if args.turn_weight != "none":
+        bounds.append(f"{args.turn_weight} turn weight over {args.turn_scale:g} turns")
     return bounds if config.teachers else []
 
 

@@ -12,16 +12,15 @@ from roll_opd.configs.base_config import CheckpointArguments
 from roll_opd.configs.loader import LoadedConfig
 from roll_opd.distributed.runtime import ray_session, stop_on_signals
 from roll_opd.errors import RollOPDError
+from roll_opd.pipeline.agentic.agentic_pipeline import AgenticPipeline
 from roll_opd.pipeline.base_pipeline import BasePipeline
 from roll_opd.pipeline.preflight.facts import Facts
-from roll_opd.pipeline.preflight.finding import Finding, errors_of, failed, run_checks, wanted
-from roll_opd.pipeline.preflight.model_checks import MODEL_CHECKS
+from roll_opd.pipeline.preflight.finding import Finding, errors_of, failed, run_checks
 from roll_opd.pipeline.preflight.run_checks import RUN_CHECKS
-from roll_opd.pipeline.preflight.setting_checks import SETTING_CHECKS
 from roll_opd.pipeline.rlvr.rlvr_pipeline import RLVRPipeline
 from roll_opd.utils.logging import configure_logging
 
-PIPELINES: dict[str, type[BasePipeline]] = {"rlvr": RLVRPipeline}
+PIPELINES: dict[str, type[BasePipeline]] = {"rlvr": RLVRPipeline, "agentic": AgenticPipeline}
 
 
 def run_pipeline(loaded: LoadedConfig) -> Path:
@@ -58,8 +57,6 @@ def examine_pipeline(loaded: LoadedConfig, static: bool, findings: list[Finding]
     config = loaded.config
     facts = Facts(loaded)
     findings = findings + run_checks(RUN_CHECKS, facts)
-    if config.pipeline not in PIPELINES:
-        return findings + run_checks(wanted(config, (*MODEL_CHECKS, *SETTING_CHECKS)), facts)
     folder = Path(tempfile.mkdtemp(prefix="roll_opd-doctor-"))
     keep = False
     try:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,17 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from roll_opd.configs.agentic_config import AgenticConfig
 from roll_opd.configs.loader import LoadedConfig, config_without_secrets
 from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.pipeline.formula import formula
+from roll_opd.pipeline.metrics import episodes_of, invalid_action_reports
 from roll_opd.trajectory import Trajectory
 from roll_opd.utils.console import ProgressConsole, print_summary
+from roll_opd.utils.episode_log import write_episodes_log
 from roll_opd.utils.files import set_aside, truncate_jsonl
 from roll_opd.utils.run_folder import prepare_run_folder, write_summary
-from roll_opd.utils.samples_page import SampleView, TokenView, write_samples_jsonl, write_samples_page
+from roll_opd.utils.samples_page import SampleView, TokenView, TurnView, write_samples_jsonl, write_samples_page
 from roll_opd.utils.tracking import RunTracker, build_tracker
 
 logger = logging.getLogger(__name__)
@@ -40,7 +44,10 @@ class RunReport:
 
     def __init__(self, config: PipelineConfig) -> None:
         self.config = config
-        self.folder = prepare_run_folder(config.output_dir, config.logging_dir, config.checkpoint_config.output_dir)
+        renders = config.render_save_dir if isinstance(config, AgenticConfig) else None
+        self.folder = prepare_run_folder(
+            config.output_dir, config.logging_dir, config.checkpoint_config.output_dir, renders
+        )
         self.checkpoint: Path | None = None
         self.final = False
         self._summary: dict[str, Any] = {}
@@ -48,6 +55,7 @@ class RunReport:
         self._step_seconds: dict[str, float] = {}
         self._tokens = 0.0
         self._validation: dict[str, float] = {}
+        self._not_understood: set[str] = set()
 
     @contextlib.contextmanager
     def open(self, state: Mapping[str, Any] | None, loaded: LoadedConfig) -> Iterator[None]:
@@ -127,27 +135,50 @@ class RunReport:
             self._tracker.log(step, metrics)
         self._validation = {}
         self._console.step(step, metrics)
-        page = f"training batch of step {step}"
+        what = f"training batch of step {step}"
         last = step + 1 == self.config.max_steps
         keep = step % self.config.eval_steps == 0 if self.config.eval_steps > 0 else last
-        self._write_samples(self.folder.samples_page, page, step, trajectories, tokenizer, keep)
+        self._warn_of_actions(trajectories, tokenizer)
+        log = self.folder.samples / "episodes.txt"
+        self._write_samples(self.folder.samples_page, log, what, step, trajectories, tokenizer, keep)
 
     def _write_samples(
         self,
         page: Path,
-        subtitle: str,
+        log: Path,
+        what: str,
         step: int,
         trajectories: Sequence[Trajectory],
         tokenizer: PreTrainedTokenizerBase,
         keep: bool = True,
     ) -> None:
-        """Write the first trajectories as a page and, if ``keep``, add them to ``samples.jsonl``."""
+        """Write the first episodes as a page and, if ``keep``, add them to what is there of earlier steps.
+
+        A single response is an episode. Those of environments are written as a text log as well.
+        """
         if self.config.html_samples <= 0:
             return
-        views = [sample_view(t, step, tokenizer, self.config) for t in trajectories[: self.config.html_samples]]
-        write_samples_page(page, views, self.config.exp_name, f"{subtitle}: the first {len(views)} trajectories")
+        episodes = episodes_of(trajectories)[: self.config.html_samples]
+        views = [sample_view(t, step, tokenizer, self.config, len(e)) for e in episodes for t in e]
+        in_environments = any(view.turns for view in views)
+        noun = "episodes" if in_environments else "trajectories"
+        write_samples_page(page, views, self.config.exp_name, f"{what}: the first {len(episodes)} {noun}")
         if keep:
             write_samples_jsonl(self.folder.samples_jsonl, views)
+        if in_environments:
+            write_episodes_log(log, views)
+            if keep and self.folder.renders is not None:
+                write_episodes_log(self.folder.renders / f"{log.stem}-{step}.txt", views)
+
+    def _warn_of_actions(self, trajectories: Sequence[Trajectory], tokenizer: PreTrainedTokenizerBase) -> None:
+        """Warn of environments that understood no action: once, and again only if one was understood in between."""
+        reports = invalid_action_reports(trajectories, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
+        for tag, report in reports.items():
+            if report is None:
+                self._not_understood.discard(tag)
+            elif tag not in self._not_understood:
+                self._not_understood.add(tag)
+                logger.warning("%s", report)
 
     def validation(
         self,
@@ -164,9 +195,9 @@ class RunReport:
                 self._summary.setdefault(f"{name}_first", metrics[name])
             # None where this validation could not tell: an older figure must not pass for the last one.
             self._summary[f"{name}_last"] = metrics.get(name)
-        self._write_samples(
-            self.folder.samples / "validation.html", f"validation at step {step}", step, samples, tokenizer
-        )
+        self._warn_of_actions(samples, tokenizer)
+        page, log = self.folder.samples / "validation.html", self.folder.samples / "validation-episodes.txt"
+        self._write_samples(page, log, f"validation at step {step}", step, samples, tokenizer)
         if self.final:
             self._tracker.log(step, named)
         else:
@@ -209,8 +240,10 @@ class RunReport:
         return summary
 
 
-def sample_view(t: Trajectory, step: int, tokenizer: PreTrainedTokenizerBase, config: PipelineConfig) -> SampleView:
-    """A trajectory as the sample page shows it."""
+def sample_view(
+    t: Trajectory, step: int, tokenizer: PreTrainedTokenizerBase, config: PipelineConfig, segments: int = 1
+) -> SampleView:
+    """A trajectory, one of its episode's ``segments``, as the sample page shows it."""
     positions = t.response_mask.nonzero()[0].tolist()
     student = t.old_logprobs if t.old_logprobs is not None else t.infer_logprobs
     # What was trained on, as far as it is the teachers': the log-ratio in validation, which has no advantage, where the
@@ -230,6 +263,18 @@ def sample_view(t: Trajectory, step: int, tokenizer: PreTrainedTokenizerBase, co
         )
         for p in positions
     ]
+    turns = [
+        TurnView(
+            index=turn.index,
+            start=bisect_left(positions, turn.start),
+            end=bisect_left(positions, turn.end),
+            observation=turn.observation,
+            text=str(tokenizer.decode(t.tokens[turn.start : turn.end].tolist(), skip_special_tokens=True)),
+            reward=turn.reward,
+            is_valid=turn.is_valid,
+        )
+        for turn in t.turns
+    ]
     return SampleView(
         id=str(t.id),
         step=step,
@@ -241,4 +286,8 @@ def sample_view(t: Trajectory, step: int, tokenizer: PreTrainedTokenizerBase, co
         reward=t.reward,
         correct=t.correct,
         ground_truth=t.extras.get("ground_truth"),
+        episode=str(t.id).rpartition("/")[0] if turns else "",
+        segment=t.id.segment,
+        segments=segments,
+        turns=turns,
     )

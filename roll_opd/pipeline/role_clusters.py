@@ -29,9 +29,8 @@ logger = logging.getLogger(__name__)
 
 def updates_per_step(config: PipelineConfig, trained: WorkerConfig) -> int:
     """Optimizer steps that one pipeline step makes of the role ``trained``."""
-    trajectories = config.rollout_batch_size * config.num_return_sequences_in_group
     size = mini_batch_size(trained, layout_of(trained).dp_size)
-    return config.ppo_epochs * -(-trajectories // size)
+    return config.ppo_epochs * -(-config.samples_per_step // size)
 
 
 def scorers_of(config: PipelineConfig) -> dict[str, TeacherConfig]:

@@ -10,7 +10,8 @@
 
 Pure distillation is this without the upper line, plain RLVR without the lower one. Weights of the teacher's term are
 its coefficient, its schedule and the stabilisers; they never touch ``A_RL``, and whitening never touches them unless
-``apply_to: reward`` asks for it. The math is in :mod:`roll_opd.algorithms`.
+``apply_to: reward`` asks for it. The math is in :mod:`roll_opd.algorithms`; the upper line of episodes of several turns
+is in :mod:`roll_opd.pipeline.agent_signal`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from roll_opd.algorithms.advantages import AdvantageSettings, final_advantages, rl_advantages
+from roll_opd.algorithms.agent_advantages import AgentAdvantageSettings
 from roll_opd.algorithms.corrections import correction_weights, filter_mask
 from roll_opd.algorithms.divergences import policy_gradient_score
 from roll_opd.algorithms.kl import AdaptiveKLController, FixedKLController, KLController, kl_estimate
@@ -34,9 +36,12 @@ from roll_opd.algorithms.stabilisers import (
     position_weight,
     scheduled_coef,
     trust_region_gate,
+    turn_weight,
 )
+from roll_opd.configs.agentic_config import AgenticConfig
 from roll_opd.configs.pipeline_config import PipelineConfig, RLVRConfig
 from roll_opd.errors import TrainingError
+from roll_opd.pipeline.agent_signal import agent_settings, episode_advantages
 from roll_opd.pipeline.trajectory_stream import MOST_UNGRADED
 from roll_opd.trajectory import BASE_MODEL, REFERENCE, Trajectory
 
@@ -54,16 +59,7 @@ class Signal:
     def __init__(self, config: PipelineConfig) -> None:
         self.config = config
         self.uses_rewards = config.mode != "pure_opd"
-        self._settings = AdvantageSettings(
-            estimator=config.adv_estimator,
-            gamma=config.gamma,
-            lambd=config.lambd,
-            whiten_advantages=config.whiten_advantages,
-            whiten_rewards=config.whiten_rewards,
-            reward_clip=config.reward_clip,
-            norm_mean_type=config.norm_mean_type,
-            norm_std_type=config.norm_std_type,
-        )
+        self._settings = agent_settings(config) if isinstance(config, AgenticConfig) else _settings(config)
         self._running = RunningMoments()
         self._kl: KLController = (
             FixedKLController(config.init_kl_coef)
@@ -169,7 +165,14 @@ class Signal:
     def _shared_weights(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
         """Stabilisers that do not depend on the teacher, ``[n]`` each."""
         args = self.config.opd_args
-        weights = [position_weight(t.response_length, args.position_weight, args.position_scale) for t in trajectories]
+        kind, scale = args.position_weight, args.position_scale
+        weights = [torch.cat([position_weight(n, kind, scale) for n in t.turn_lengths]) for t in trajectories]
+        if args.turn_weight != "none":
+            for i, t in enumerate(trajectories):
+                turn_of = torch.tensor([turn.index for turn in t.turns] or [0]).repeat_interleave(
+                    torch.tensor(t.turn_lengths)
+                )
+                weights[i] = weights[i] * turn_weight(turn_of, args.turn_weight, args.turn_scale)
         if args.entropy_keep is not None:
             entropies = []
             for t in trajectories:
@@ -195,7 +198,7 @@ class Signal:
             kls.append(kl_estimate(self.config.kl_penalty, _sampled(t, t.old_logprobs), reference))
         coef = self._kl.coef
         mean = float(torch.cat(kls).double().mean())
-        self._kl.update(mean, len(trajectories))
+        self._kl.update(mean, len({t.id[:2] for t in trajectories}))
         metrics |= {"rl/kl_to_reference": mean, "rl/kl_coef": coef}
         return [coef * kl for kl in kls]
 
@@ -212,17 +215,21 @@ class Signal:
                 f"{ungraded:.0%} of the batch has no reward, and training on the rest would teach something else; "
                 f"the log names the grader that failed"
             )
-        advantages, returns, extra = rl_advantages(
-            self._settings,
-            rewards=[t.reward for t in trajectories],
-            groups=[t.id.draw for t in trajectories],
-            episodes=_numbered([t.id[:2] for t in trajectories]),
-            lengths=[t.response_length for t in trajectories],
-            penalties=penalties,
-            values=[_sampled(t, t.values) for t in trajectories if t.values is not None] or None,
-            masked=[not k for k in keep],
-            running=self._running,
-        )
+        values = [_sampled(t, t.values) for t in trajectories if t.values is not None] or None
+        if isinstance(self._settings, AgentAdvantageSettings):
+            advantages, returns, extra = episode_advantages(self._settings, trajectories, penalties, values)
+        else:
+            advantages, returns, extra = rl_advantages(
+                self._settings,
+                rewards=[t.reward for t in trajectories],
+                groups=[t.id.draw for t in trajectories],
+                episodes=_numbered([t.id[:2] for t in trajectories]),
+                lengths=[t.response_length for t in trajectories],
+                penalties=penalties,
+                values=values,
+                masked=[not k for k in keep],
+                running=self._running,
+            )
         metrics |= {f"rl/{name}": value for name, value in extra.items()}
         return advantages, returns
 
@@ -260,11 +267,12 @@ class Signal:
         counts = [t.response_length for t in trajectories]
         old = torch.cat([_sampled(t, t.old_logprobs) for t in trajectories])
         infer = torch.cat([_sampled(t, t.infer_logprobs) for t in trajectories])
-        segments = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        sequences = _spans(counts)
+        turns = _spans([n for t in trajectories for n in t.turn_lengths])
         factor = torch.ones_like(old)
         if correction.is_weight.enabled:
             kind, upper = correction.is_weight.weight_type, correction.is_weight.upper_bound
-            factor = correction_weights(kind, old, infer, segments, len(counts), upper=upper)
+            factor = correction_weights(kind, old, infer, *(turns if kind == "segment" else sequences), upper=upper)
             metrics["mismatch/correction_mean"] = float(factor.mean())
             metrics["mismatch/correction_min"] = float(factor.min())
         for spec in filters:
@@ -272,14 +280,31 @@ class Signal:
                 spec.agg_type,
                 old,
                 infer,
-                segments,
-                len(counts),
+                *(turns if spec.agg_type == "segment" else sequences),
                 ratio=(spec.ratio_low, spec.ratio_high) if spec.ratio_enabled else None,
                 diff=(spec.diff_low, spec.diff_high) if spec.diff_enabled else None,
             )
             factor = factor * passed
         metrics["mismatch/correction_dropped"] = float((factor == 0).float().mean())
         return [w * f for w, f in zip(weights, factor.split(counts), strict=True)]
+
+
+def _settings(config: PipelineConfig) -> AdvantageSettings:
+    return AdvantageSettings(
+        estimator=config.adv_estimator,
+        gamma=config.gamma,
+        lambd=config.lambd,
+        whiten_advantages=config.whiten_advantages,
+        whiten_rewards=config.whiten_rewards,
+        reward_clip=config.reward_clip,
+        norm_mean_type=config.norm_mean_type,
+        norm_std_type=config.norm_std_type,
+    )
+
+
+def _spans(lengths: Sequence[int]) -> tuple[Tensor, int]:
+    """Number of the span that each token belongs to, and the number of spans."""
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)), len(lengths)
 
 
 def _sampled(t: Trajectory, values: np.ndarray[Any, Any] | None) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from roll_opd.algorithms.loss import DivergenceLoss, Loss
 from roll_opd.algorithms.policy_loss import PolicyLoss
+from roll_opd.configs.agentic_config import AgenticConfig
 from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.distributed.cluster import Cluster
 from roll_opd.distributed.strategy.base import ScoreRequest, ScoreResult, TrainItem
@@ -131,12 +132,12 @@ def loss_of(config: PipelineConfig) -> Loss:
     """The per-token loss that a config describes."""
     args = config.opd_args
     low, high = (config.pg_clip_low, config.pg_clip_high) if config.use_pg_clip_range else (config.pg_clip,) * 2
+    by_turn = isinstance(config, AgenticConfig) and config.ratio_type == "segment"
+    ratio: Literal["token", "seq", "turn"] = "turn" if by_turn else config.importance_sampling
     divergence = DivergenceLoss(args.divergence, args.support, args.jsd_beta, args.add_tail, args.log_ratio_clip)
     return Loss(
         # The dual clip's bound is ROLL's 1 + 2 * pg_clip.
-        policy=PolicyLoss(
-            low, high, 1.0 + 2.0 * config.pg_clip if config.dual_clip_loss else None, config.importance_sampling
-        ),
+        policy=PolicyLoss(low, high, 1.0 + 2.0 * config.pg_clip if config.dual_clip_loss else None, ratio),
         divergence=divergence if config.teachers and args.objective == "direct" else None,
         entropy_coef=config.entropy_loss_coef,
         kl_coef=config.kl_loss_coef if config.needs_reference and config.use_kl_loss else 0.0,

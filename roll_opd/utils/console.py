@@ -49,6 +49,7 @@ DEFAULT_COLUMNS: tuple[Column, ...] = (
     Column("reverse KL", "opd/reverse_kl", ".4f"),
     Column("teacher logprob", "opd/teacher_logprob", ".3f"),
     Column("student logprob", "opd/student_logprob", ".3f"),
+    Column("success", "episode/success_rate", ".1%"),
     Column("accuracy", "val/accuracy", ".1%"),
     Column("held-out reverse KL", "val/reverse_kl", ".4f"),
     Column("response length", "rollout/response_length", ".1f"),

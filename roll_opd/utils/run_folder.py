@@ -27,6 +27,8 @@ class RunFolder:
     """Sample trajectories: ``samples.jsonl`` and the HTML pages."""
     checkpoints: Path
     """One folder for each checkpoint."""
+    renders: Path | None = None
+    """``render_save_dir``: the episodes of every step whose samples are kept, as text."""
 
     @property
     def summary(self) -> Path:
@@ -50,7 +52,10 @@ class RunFolder:
 
 
 def prepare_run_folder(
-    output_dir: Path | str, logging_dir: Path | str | None = None, checkpoint_dir: Path | str | None = None
+    output_dir: Path | str,
+    logging_dir: Path | str | None = None,
+    checkpoint_dir: Path | str | None = None,
+    render_dir: Path | str | None = None,
 ) -> RunFolder:
     """Create the folders of a run and check that files can be written in them.
 
@@ -58,6 +63,7 @@ def prepare_run_folder(
         output_dir: the run's folder; may exist already, as it does for a resumed run.
         logging_dir: where log files go, ``output_dir/logs`` if None.
         checkpoint_dir: the setting ``checkpoint_config.output_dir``; ``output_dir/checkpoints`` if None.
+        render_dir: the setting ``render_save_dir``; none if None.
 
     Raises:
         LaunchError: a folder cannot be made or written; the message names the setting, the folder and the reason.
@@ -69,12 +75,15 @@ def prepare_run_folder(
         tensorboard=root / "tensorboard",
         samples=root / "samples",
         checkpoints=_absolute(checkpoint_dir) if checkpoint_dir else root / "checkpoints",
+        renders=_absolute(render_dir) if render_dir else None,
     )
     _make_writable("output_dir", folder.root)
     _make_writable("logging_dir" if logging_dir else "output_dir", folder.logs)
     _make_writable("output_dir", folder.tensorboard)
     _make_writable("output_dir", folder.samples)
     _make_writable("checkpoint_config.output_dir" if checkpoint_dir else "output_dir", folder.checkpoints)
+    if folder.renders is not None:
+        _make_writable("render_save_dir", folder.renders)
     return folder
 
 

@@ -1,5 +1,6 @@
 """Sample trajectories for people: one HTML file, each token coloured by the teacher's verdict. And for programs: JSONL.
 
+A single response is a card of its own. An episode in an environment is a card with its turns, segment after segment.
 The page loads nothing and runs nothing. Whatever a model wrote is escaped, and a content security policy forbids
 scripts should an escape ever be missing.
 """
@@ -40,8 +41,26 @@ class TokenView:
 
 
 @dataclass(frozen=True)
+class TurnView:
+    """One turn of an episode."""
+
+    index: int
+    """Counts over the episode, from 0."""
+    start: int
+    """The turn's first token among the sample's ``tokens``."""
+    end: int
+    """Behind the last one."""
+    observation: str
+    text: str
+    """What the student wrote, decoded."""
+    reward: float
+    is_valid: bool | None = None
+    """Whether the environment understood the action; None: it does not tell."""
+
+
+@dataclass(frozen=True)
 class SampleView:
-    """One trajectory."""
+    """One trajectory: a single response, or a segment of an episode."""
 
     id: str
     step: int
@@ -53,18 +72,17 @@ class SampleView:
     reward: float | None = None
     correct: bool | None = None
     ground_truth: str | None = None
+    episode: str = ""
+    """Name of the episode, the same on all its segments; empty where there are no turns."""
+    segment: int = 0
+    segments: int = 1
+    """How many segments the episode has."""
+    turns: Sequence[TurnView] = field(default=())
+    """The turns of this segment, which hold all of ``tokens``; empty for a single response."""
 
     def reverse_kl(self) -> dict[str, float]:
         """Mean of ``logprob_student - logprob_teacher`` over the student's tokens in nats, for each teacher."""
-        names = dict.fromkeys(name for token in self.student_tokens() for name in token.logprob_teacher)
-        return {
-            name: _mean(
-                token.logprob_student - token.logprob_teacher[name]
-                for token in self.student_tokens()
-                if name in token.logprob_teacher
-            )
-            for name in names
-        }
+        return _reverse_kl(self.student_tokens())
 
     def student_tokens(self) -> list[TokenView]:
         """The tokens that the student sampled."""
@@ -73,7 +91,7 @@ class SampleView:
 
 def write_samples_page(path: Path, samples: Sequence[SampleView], title: str, subtitle: str = "") -> None:
     """Write a self-contained HTML page, about 250 bytes a token, replacing an earlier one atomically."""
-    body = "\n".join(_sample(sample) for sample in samples)
+    body = "\n".join(_episode(group) if group[0].turns else _sample(group[0]) for group in by_episode(samples))
     atomic_write_text(
         path,
         f"""<!doctype html>
@@ -83,13 +101,13 @@ def write_samples_page(path: Path, samples: Sequence[SampleView], title: str, su
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{escape(_visible(title))}</title>
+<title>{escape(visible(title))}</title>
 <style>{_CSS}</style>
 </head>
 <body>
 <header>
-<h1>{escape(_visible(title))}</h1>
-<p class="subtitle">{escape(_visible(subtitle))}</p>
+<h1>{escape(visible(title))}</h1>
+<p class="subtitle">{escape(visible(subtitle))}</p>
 <p class="totals">{_totals(samples)}</p>
 </header>
 {_legend(samples)}
@@ -109,6 +127,26 @@ def write_samples_jsonl(path: Path, samples: Iterable[SampleView]) -> None:
         file.writelines(to_json(asdict(sample)) + "\n" for sample in samples)
 
 
+def by_episode(samples: Iterable[SampleView]) -> list[list[SampleView]]:
+    """Put the segments of each episode together, in their order; a single response stays by itself."""
+    groups: dict[tuple[int, str], list[SampleView]] = {}
+    for number, sample in enumerate(samples):
+        groups.setdefault((sample.step, sample.episode or f"#{number}"), []).append(sample)
+    return [sorted(group, key=lambda sample: sample.segment) for group in groups.values()]
+
+
+def episode_facts(segments: Sequence[SampleView]) -> list[str]:
+    """What is said about an episode beside its name, tag and success."""
+    last, turns = segments[-1], sum(len(sample.turns) for sample in segments)
+    facts = [f"step {last.step}", _plural(turns, "turn")]
+    if last.segments > 1:
+        facts.append(_plural(last.segments, "segment"))
+    facts += [f"{sum(len(sample.student_tokens()) for sample in segments)} tokens", f"ended by {last.finish_reason}"]
+    if last.reward is not None:
+        facts.append(f"score {short(last.reward)}")
+    return facts
+
+
 def verdict_class(token: TokenView) -> str:
     """CSS classes of a token: ``agree-<level>`` where the teachers prefer it, ``dislike-<level>``."""
     classes = ["t"]
@@ -125,26 +163,87 @@ def verdict_class(token: TokenView) -> str:
 def _sample(sample: SampleView) -> str:
     facts = [f"step {sample.step}", f"{len(sample.student_tokens())} tokens", f"ended by {sample.finish_reason}"]
     if sample.reward is not None:
-        facts.append(f"reward {sample.reward:.3g}".replace("-", _MINUS))
-    teachers = sample.reverse_kl()
-    for name, value in teachers.items():
-        facts.append(f"reverse KL {_number(value)}" if len(teachers) == 1 else f"reverse KL to {name} {_number(value)}")
-    chips = f'<span class="chip">{escape(_visible(sample.tag))}</span>' if sample.tag else ""
-    if sample.correct is not None:
-        chips += (
-            '<span class="chip right">✓ correct</span>' if sample.correct else '<span class="chip wrong">✗ wrong</span>'
-        )
-    truth = ""
-    if sample.ground_truth is not None:
-        truth = f'<p class="truth">expected: <code>{escape(_visible(sample.ground_truth, keep=_LAYOUT))}</code></p>'
-    response = "".join(_token(index, token) for index, token in enumerate(sample.tokens))
+        facts.append(f"reward {short(sample.reward)}")
+    facts += _reverse_kl_facts(sample.student_tokens())
+    response = _tokens(sample, 0, len(sample.tokens))
     return f"""<section>
-<h2><span class="id">{escape(_visible(sample.id))}</span>{chips}</h2>
-<p class="facts">{escape(_visible(" · ".join(facts)))}{_worst(sample)}</p>
+{_heading(sample, sample.id, "✓ correct", "✗ wrong")}
+<p class="facts">{escape(visible(" · ".join(facts)))}{_worst(sample)}</p>
 <details{" open" if len(sample.prompt_text) <= 600 else ""}><summary>prompt</summary>
-<pre>{escape(_visible(sample.prompt_text, keep=_LAYOUT))}</pre></details>
-<div class="response">{response or escape(_visible(sample.response_text, keep=_LAYOUT))}</div>
-{truth}</section>"""
+<pre>{escape(visible(sample.prompt_text, keep=LAYOUT))}</pre></details>
+<div class="response">{response or escape(visible(sample.response_text, keep=LAYOUT))}</div>
+{_truth(sample)}</section>"""
+
+
+def _episode(segments: Sequence[SampleView]) -> str:
+    """An episode's card. Prompts are closed: the turns show what is new in them."""
+    facts = episode_facts(segments) + _reverse_kl_facts([t for sample in segments for t in sample.student_tokens()])
+    return f"""<section>
+{_heading(segments[-1], f"episode {segments[-1].episode}", "✓ success", "✗ no success")}
+<p class="facts">{escape(visible(" · ".join(facts)))}{_worst(segments[0]) if len(segments) == 1 else ""}</p>
+{"".join(_segment(sample) for sample in segments)}{_truth(segments[-1])}</section>"""
+
+
+def _segment(sample: SampleView) -> str:
+    head = ""
+    if sample.segments > 1:
+        facts = f"segment {sample.segment + 1} of {sample.segments} · ended by {sample.finish_reason}"
+        head = f'<p class="facts segment">{escape(visible(facts))}{_worst(sample)}</p>\n'
+    return f"""{head}<details><summary>prompt</summary>
+<pre>{escape(visible(sample.prompt_text, keep=LAYOUT))}</pre></details>
+{"".join(_turn(sample, turn) for turn in sample.turns)}"""
+
+
+def _turn(sample: SampleView, turn: TurnView) -> str:
+    tokens = [token for token in sample.tokens[turn.start : turn.end] if token.from_student]
+    facts = [f"turn {turn.index}", f"reward {short(turn.reward)}", *_reverse_kl_facts(tokens)]
+    kind, chip = "turn", ""
+    if turn.is_valid is False:
+        kind, chip = "turn invalid", ' <span class="chip wrong">✗ invalid action</span>'
+    # A browser drops a line break that stands directly behind <pre>; the first one is ours.
+    return f"""<div class="{kind}">
+<p class="facts">{escape(visible(" · ".join(facts)))}{chip}</p>
+<pre class="observation">
+{escape(visible(turn.observation, keep=LAYOUT))}</pre>
+<div class="response">{_tokens(sample, turn.start, turn.end)}</div>
+</div>
+"""
+
+
+def _heading(sample: SampleView, name: str, right: str, wrong: str) -> str:
+    chips = f'<span class="chip">{escape(visible(sample.tag))}</span>' if sample.tag else ""
+    if sample.correct is not None:
+        kind, verdict = ("right", right) if sample.correct else ("wrong", wrong)
+        chips += f'<span class="chip {kind}">{verdict}</span>'
+    return f'<h2><span class="id">{escape(visible(name))}</span>{chips}</h2>'
+
+
+def _truth(sample: SampleView) -> str:
+    if sample.ground_truth is None:
+        return ""
+    return f'<p class="truth">expected: <code>{escape(visible(sample.ground_truth, keep=LAYOUT))}</code></p>'
+
+
+def _reverse_kl(tokens: Sequence[TokenView]) -> dict[str, float]:
+    names = dict.fromkeys(name for token in tokens for name in token.logprob_teacher)
+    return {
+        name: _mean(
+            token.logprob_student - token.logprob_teacher[name] for token in tokens if name in token.logprob_teacher
+        )
+        for name in names
+    }
+
+
+def _reverse_kl_facts(tokens: Sequence[TokenView]) -> list[str]:
+    teachers = _reverse_kl(tokens)
+    return [
+        f"reverse KL {_number(value)}" if len(teachers) == 1 else f"reverse KL to {name} {_number(value)}"
+        for name, value in teachers.items()
+    ]
+
+
+def _tokens(sample: SampleView, start: int, end: int) -> str:
+    return "".join(_token(index, sample.tokens[index]) for index in range(start, end))
 
 
 def _worst(sample: SampleView) -> str:
@@ -167,7 +266,7 @@ def _token(index: int, token: TokenView) -> str:
     if token.from_student:
         lines.append(f"student logprob {_probability(token.logprob_student)}")
         for name, value in token.logprob_teacher.items():
-            lines.append(f"{_visible(name)} logprob {_probability(value)}")
+            lines.append(f"{visible(name)} logprob {_probability(value)}")
             lines.append(f"  difference, teacher {_MINUS} student {_number(value - token.logprob_student)}")
         lines.append(f"advantage {_number(token.advantage)}")
     else:
@@ -182,16 +281,16 @@ def _shown(text: str) -> str:
         return "∅"
     if not text.strip(" "):
         return "␣" * len(text)
-    return _visible(text).replace("↵", "↵\n")
+    return visible(text).replace("↵", "↵\n")
 
 
-_LAYOUT = "\n\t\u200c\u200d"
+LAYOUT = "\n\t\u200c\u200d"
 """What running text keeps: line breaks, tabs, and the joiners that some scripts and emoji need."""
 _MINUS = "\N{MINUS SIGN}"
 _PICTURES = {"\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
 
 
-def _visible(text: str, keep: str = "") -> str:
+def visible(text: str, keep: str = "") -> str:
     """Replace what is invisible or acts on its surroundings (controls, direction marks, surrogates) by what shows."""
     return "".join(
         character if character in keep else _PICTURES.get(character) or _code_point(character) for character in text
@@ -205,10 +304,12 @@ def _code_point(character: str) -> str:
 
 
 def _totals(samples: Sequence[SampleView]) -> str:
-    facts = [f"{len(samples)} samples"]
-    graded = [sample.correct for sample in samples if sample.correct is not None]
+    groups = by_episode(samples)
+    noun, adjective = ("episodes", "successful") if any(sample.turns for sample in samples) else ("samples", "correct")
+    facts = [f"{len(groups)} {noun}"]
+    graded = [group[-1].correct for group in groups if group[-1].correct is not None]
     if graded:
-        facts.append(f"{sum(graded)} of {len(graded)} correct")
+        facts.append(f"{sum(graded)} of {len(graded)} {adjective}")
     tokens = [token for sample in samples for token in sample.student_tokens() if math.isfinite(token.advantage)]
     if tokens:
         disliked = sum(token.advantage <= -LEVELS[0] for token in tokens)
@@ -241,6 +342,15 @@ def _legend(samples: Sequence[SampleView]) -> str:
         '<span class="t other">italic</span> not sampled by the student, <span class="t special">framed</span> special '
         "token. Point at a token for its numbers.</span></aside>"
     )
+
+
+def short(value: float) -> str:
+    """Three significant digits, with a real minus sign."""
+    return f"{value:.3g}".replace("-", _MINUS)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _number(value: float) -> str:
@@ -283,6 +393,7 @@ aside { position:sticky; top:0; z-index:1; display:flex; flex-wrap:wrap; align-i
 section { margin:0 0 1rem; padding:1rem 1.25rem; background:var(--card); border:1px solid var(--line);
   border-radius:8px; }
 h2 { display:flex; flex-wrap:wrap; align-items:center; gap:.5rem; margin:0; font-size:1rem; }
+.segment { margin-top:1rem; padding-top:.5rem; border-top:1px solid var(--line); }
 .id { overflow-wrap:anywhere; }
 .chip { padding:0 .5rem; border:1px solid var(--line); border-radius:1em; font-size:.8125rem; font-weight:400; }
 .right { border-color:var(--a4); } .wrong { border-color:var(--d4); }
@@ -293,6 +404,13 @@ pre, .response, code { font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"D
 pre { margin:.25rem 0; padding:.5rem .75rem; max-height:24rem; overflow:auto; background:var(--soft);
   border-radius:6px; white-space:pre-wrap; overflow-wrap:anywhere; }
 .response { line-height:1.9; white-space:pre-wrap; overflow-wrap:anywhere; }
+.turn { display:flex; flex-wrap:wrap; align-items:flex-start; gap:.25rem 1rem; margin:.75rem 0; padding-left:.75rem;
+  border-left:3px solid var(--line); }
+.turn .chip { white-space:nowrap; }
+.turn.invalid { border-color:var(--d4); }
+.turn .facts { flex-basis:100%; margin:0; }
+.turn .observation { margin:0; max-width:100%; line-height:1.35; }
+.turn .response { flex:1 1 20rem; min-width:0; }
 .t { padding:.12em 0; border-radius:3px; box-decoration-break:clone; -webkit-box-decoration-break:clone; }
 .response .t { border-right:1px solid var(--card); }
 .response .t:hover { outline:2px solid var(--fg); }

@@ -31,8 +31,8 @@ def test_killed_while_sampling_and_while_taking_weights(
 ) -> None:
     from roll_opd.distributed import weight_sync
     from roll_opd.distributed.strategy.base import GenerateResult
-    from roll_opd.pipeline.student import Student
     from roll_opd.pipeline.generation import Generation
+    from roll_opd.pipeline.student import Student
 
     killed: dict[str, float] = {}
     noticed: list[float] = []

@@ -76,25 +76,36 @@ def emitted() -> set[str]:
         found |= set(re.findall(rf'"((?:{PREFIXES})/[a-z_]+)"', code))
         found |= {f"time/{name}" for name in re.findall(r'(?:phase|add_seconds)\("([a-z_]+)"', code)}
         found |= set(re.findall(r'\bnote\(\s*"([a-z_/]+)"', code))
-        if source.name == "rlvr_pipeline.py":
+        if source.name in ("validation.py", "agentic_pipeline.py"):
             found |= {f"val/{name}" for name in re.findall(r'metrics\["([a-z_]+)"\]', code)}
     found |= {f"train/{name}" for name in COMPONENTS}
+    metrics = ast.parse((pipeline / "metrics.py").read_text(encoding="utf-8"))
+    given = {"reward_metrics": "reward", "episode_metrics": "episode"}
+    for function in metrics.body:
+        if isinstance(function, ast.FunctionDef) and function.name in given:
+            names = re.findall(r"\{prefix\}/([a-z_]+)", ast.unparse(function))
+            found |= {f"{given[function.name]}/{name}" for name in names}
     # Signal puts what the advantages report under a prefix of its own.
-    advantages = ast.parse((REPO / "roll_opd" / "algorithms" / "advantages.py").read_text(encoding="utf-8"))
-    prefixes = {"rl_advantages": "rl", "_scores": "rl", "final_advantages": "opd"}
-    for function in advantages.body:
-        if isinstance(function, ast.FunctionDef) and function.name in prefixes:
-            found |= {f"{prefixes[function.name]}/{name}" for name in metric_keys(function)}
+    rl = ("rl_advantages", "agent_advantages", "sequence_advantages", "_scores", "_placed", "_count_states")
+    prefixes = dict.fromkeys(rl, "rl") | {"final_advantages": "opd"}
+    for name in ("advantages.py", "agent_advantages.py"):
+        module = ast.parse((REPO / "roll_opd" / "algorithms" / name).read_text(encoding="utf-8"))
+        for function in module.body:
+            if isinstance(function, ast.FunctionDef) and function.name in prefixes:
+                found |= {f"{prefixes[function.name]}/{key}" for key in metric_keys(function)}
     return found
 
 
 def metric_keys(function: ast.FunctionDef) -> set[str]:
-    """Text keys of ``metrics[...] = `` and of the dict displays in a function."""
+    """Text keys of ``metrics[...] = `` and of the dict displays in a function, its table of ``groups`` aside."""
     keys: list[ast.expr | None] = []
+    tables = [
+        n.value for n in ast.walk(function) if isinstance(n, ast.Assign) and "groups" in ast.unparse(n.targets[0])
+    ]
     for node in ast.walk(function):
         if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "metrics":
             keys.append(node.slice)
-        elif isinstance(node, ast.Dict):
+        elif isinstance(node, ast.Dict) and node not in tables:
             keys += node.keys
     return {key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)}
 
@@ -104,6 +115,7 @@ def test_the_code_is_searched_for_metrics() -> None:
     some = {"opd/reverse_kl", "rl/kl_coef", "rl/penalty_scale", "rl/reward_std", "opd/advantage_clip_fraction"}
     some |= {"train/divergence_loss", "train/grad_norm", "critic/loss", "critic/explained_variance", "time/values"}
     some |= {"rollout/filtered_groups", "mismatch/correction_min", "val/num_samples", "probe/noise_floor"}
+    some |= {"reward/graded", "episode/turns", "episode/valid_action_rate", "rl/state_compared_fraction"}
     assert some <= emitted()
 
 
@@ -116,5 +128,5 @@ def test_every_metric_is_documented() -> None:
 def test_every_documented_metric_is_emitted() -> None:
     """What docs/metrics.md names under the prefixes of the signal and of training is what the code emits."""
     text = (REPO / "docs" / "metrics.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`((?:rl|mismatch|train|critic|time)/[a-z_]+)`", text))
+    named = set(re.findall(r"`((?:rl|mismatch|train|critic|time|episode)/[a-z_]+)`", text))
     assert sorted(named - emitted()) == []

@@ -68,6 +68,10 @@ class RowTensors:
     ) -> None:
         self.trajectories = [item.trajectory for item in items]
         self.counts = [t.response_length for t in self.trajectories]
+        # Tokens of each stretch that shares a policy ratio, where tokens do not have one each.
+        self.stretches = (
+            [n for t in self.trajectories for n in t.turn_lengths] if loss.policy.ratio == "turn" else self.counts
+        )
         self.device = device
         self.batch = PackedBatch.pack(
             [t.tokens for t in self.trajectories], [t.response_mask for t in self.trajectories]
@@ -96,8 +100,8 @@ class RowTensors:
             old_logprobs=self._of(lambda t: t.old_logprobs),
             advantages=self._of(lambda t: t.advantages),
             policy_weights=self._of(lambda t: t.policy_weights, missing=1.0),
-            segments=self._put(np.repeat(np.arange(len(self.counts)), self.counts)),
-            num_segments=len(self.counts),
+            segments=self._put(np.repeat(np.arange(len(self.stretches)), self.stretches)),
+            num_segments=len(self.stretches),
             ref_logprobs=self._scores(REFERENCE) if self._scored_by(REFERENCE) else None,
             teacher_logprobs={name: self._scores(name) for name in self.teachers},
             divergences={name: divergences.get(name, zeros) for name in self.teachers},

@@ -1,4 +1,4 @@
-"""What the checks before a run look at; nothing here starts a process or touches a GPU.
+"""What the checks before a run look at; nothing here touches a GPU, or starts a process but to try an environment.
 
 Each check is a generator of findings over :class:`Facts`, in one of the files ``*_checks.py``, listed at the file's end
 in the order of their findings. ``docs/preflight.md`` has a row for each.
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from roll_opd.configs.agentic_config import AgenticConfig
 from roll_opd.configs.launch_checks import model_holders, starts_critic
 from roll_opd.configs.loader import LoadedConfig
 from roll_opd.configs.memory import find_model_config
@@ -20,6 +21,7 @@ from roll_opd.configs.model_args import ModelArguments
 from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.distributed.strategy.tokenizer import Vocabulary, load_tokenizer, vocabulary_of
 from roll_opd.errors import RollOPDError
+from roll_opd.pipeline.preflight.env_trial import Opened, open_environments
 from roll_opd.pipeline.preflight.finding import NotKnown
 from roll_opd.pipeline.rlvr.prompt_source import PromptSource, read_prompts
 
@@ -107,6 +109,17 @@ class Facts:
     def source(self) -> PromptSource:
         """The run's prompts."""
         return self._once("the data", lambda: read_prompts(self.loaded, self.tokenizer, self._take_note))
+
+    @property
+    def agentic(self) -> AgenticConfig:
+        """The config, for checks that only the agentic pipeline asks."""
+        assert isinstance(self.config, AgenticConfig)
+        return self.config
+
+    @property
+    def openings(self) -> dict[str, Opened]:
+        """Tag -> what a reset of its environment returned, or why there is none."""
+        return self._once("the environments", lambda: open_environments(self.agentic))
 
     def _take_note(self, name: str, value: Any) -> None:
         if name.startswith("rows_") and isinstance(value, dict):

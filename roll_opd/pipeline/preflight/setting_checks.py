@@ -44,31 +44,34 @@ def batch_arithmetic(facts: Facts) -> Iterator[Finding]:
     """What a step holds and what divides it; the config warns where something is left over."""
     config, path = facts.config, facts.student
     training = config.actor_train.training_args
-    group, size = config.num_return_sequences_in_group, training.per_device_train_batch_size
-    samples = config.rollout_batch_size * group
+    group, size = config.group_size, training.per_device_train_batch_size
+    groups, samples = config.groups_per_step, config.samples_per_step
+    episodes = config.pipeline == "agentic"
+    draws, unit = ("groups", "episodes") if episodes else ("prompts", "trajectories")
     ranks = data_parallel_size(config.actor_train, path)
     update = size * training.gradient_accumulation_steps * ranks
-    told = f"{config.rollout_batch_size} prompts x {group} samples = {samples} trajectories a step"
+    told = f"{groups} {draws} x {group} {unit if episodes else 'samples'} = {samples} {unit} a step"
     yield Finding("ok", "rollout_batch_size", told)
     whole, rest = divmod(samples, update)
-    parts = f"{size} x {training.gradient_accumulation_steps} x {ranks} rank(s) = {update} trajectories"
+    parts = f"{size} x {training.gradient_accumulation_steps} x {ranks} rank(s) = {update} {unit}"
     left = f" and one of {rest}" if rest else ""
     told = f"an optimizer step takes {parts}: {whole} of them a step{left}, {config.ppo_epochs} time(s) over"
     yield Finding("ok", f"{path}.training_args", told)
     if ranks > samples:
-        problem = f"{ranks} ranks share {samples} trajectories, so {ranks - samples} compute nothing"
+        problem = f"{ranks} ranks share {samples} {unit}, so {ranks - samples} compute nothing"
         yield Finding("warning", f"{path}.world_size", f"{problem}; use fewer, or a larger rollout_batch_size")
     infer, role = config.actor_infer, facts.loaded.yaml_names["actor_infer"]
     engines = infer.world_size or 1
-    each = -(-config.rollout_batch_size // engines) * group
-    told = f"{engines} engine(s), {each} trajectories each at most"
-    if infer.strategy_args is not None and infer.strategy_args.strategy_name == "hf_infer":
+    each = -(-groups // engines) * group
+    told = f"{engines} engine(s), {each} {unit} each at most"
+    if not episodes and infer.strategy_args is not None and infer.strategy_args.strategy_name == "hf_infer":
         # An engine forms its own batches.
         told += f": {-(-each // infer.infer_batch_size)} batch(es) of {infer.infer_batch_size}"
     yield Finding("ok", f"{role}.infer_batch_size", told)
-    if engines > config.rollout_batch_size:
-        idle = engines - config.rollout_batch_size
-        problem = f"{engines} engines for {config.rollout_batch_size} prompts, whose groups stay together: {idle} idle"
+    if engines > groups:
+        idle = engines - groups
+        kept = "which stay together" if episodes else "whose groups stay together"
+        problem = f"{engines} engines for {groups} {draws}, {kept}: {idle} idle"
         yield Finding("warning", f"{role}.world_size", f"{problem}; use fewer, or a larger rollout_batch_size")
 
 

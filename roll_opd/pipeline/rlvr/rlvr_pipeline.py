@@ -6,13 +6,12 @@ import logging
 from dataclasses import replace
 
 from roll_opd.algorithms.reward_shaping import query_filter
-from roll_opd.configs.generating_args import GeneratingArguments
 from roll_opd.configs.pipeline_config import RLVRConfig
 from roll_opd.datasets.prompts import Prompt
 from roll_opd.distributed.strategy.base import Sampling
 from roll_opd.pipeline.base_pipeline import BasePipeline
 from roll_opd.pipeline.generation import Generation
-from roll_opd.pipeline.metrics import reverse_kl, reward_metrics
+from roll_opd.pipeline.metrics import reward_metrics
 from roll_opd.pipeline.preflight.data_checks import DATA_CHECKS
 from roll_opd.pipeline.preflight.facts import Facts
 from roll_opd.pipeline.preflight.finding import errors_of, run_checks, wanted
@@ -25,6 +24,7 @@ from roll_opd.pipeline.rlvr.prompt_source import PromptSource
 from roll_opd.pipeline.role_clusters import RoleClusters, want_of
 from roll_opd.pipeline.rollout import Engines
 from roll_opd.pipeline.trajectory_stream import TEACHER_ROLE, Batch, TrajectoryStream
+from roll_opd.pipeline.validation import sampling_of, validation_metrics
 from roll_opd.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class RLVRPipeline(BasePipeline):
             teachers=clusters.teacher_pool,
             rewards=clusters.reward_pool,
             seed=config.seed,
-            group_size=config.num_return_sequences_in_group,
+            group_size=config.group_size,
             sampling=sampling,
             keep_group=self.keeps if filters and self.signal.uses_rewards else None,
             extra_draws=extra,
@@ -129,35 +129,3 @@ class RLVRPipeline(BasePipeline):
         num_samples = validation.generating_args.num_return_sequences or 1
         batch = self.stream.validate(prompts, num_samples, sampling, validation.seed, engines)
         return self.stream.verdicts(batch, patience=None)
-
-
-def validation_metrics(samples: list[Trajectory], sampling: Sampling) -> dict[str, float]:
-    """Accuracy, reward, lengths, and reverse KL (student's log-probabilities from the engine) of validation samples.
-
-    The mean log-ratio is a KL only on samples of the student's own distribution: other sampling gives none.
-    """
-    metrics = {k.removeprefix("/"): v for k, v in reward_metrics(samples, "").items()}
-    names = sorted({name for t in samples for name in t.teachers})
-    if not sampling.truncates:
-        for name in names:
-            metrics[f"reverse_kl/teacher/{name}"] = reverse_kl(samples, name, "infer_logprobs")
-        if names:
-            metrics["reverse_kl"] = reverse_kl(samples, None, "infer_logprobs")
-    metrics["num_samples"] = float(len(samples))
-    metrics["response_length"] = sum(t.response_length for t in samples) / len(samples)
-    metrics["truncated"] = sum(t.finish_reason == "length" for t in samples) / len(samples)
-    return metrics
-
-
-def sampling_of(args: GeneratingArguments | None, response_length: int | None) -> Sampling:
-    """Sampling settings of a role; ``max_new_tokens`` is bounded by ``response_length``."""
-    args = args or GeneratingArguments()
-    limit = min(n for n in (args.max_new_tokens, response_length, 1 << 30) if n is not None)
-    return Sampling(
-        temperature=args.temperature or 1.0,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        max_new_tokens=limit,
-        greedy=not args.do_sample or args.temperature == 0,
-        stop_strings=tuple(args.stop_strings or ()),
-    )

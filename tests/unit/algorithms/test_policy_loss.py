@@ -134,7 +134,7 @@ def test_the_clip_acts_on_the_sequence_ratio() -> None:
     assert logprobs.grad.tolist() == pytest.approx([-math.exp(0.1), 0.0, -math.exp(0.1), 0.0, 0.0])
 
 
-@pytest.mark.parametrize("ratio", ["token", "seq"])
+@pytest.mark.parametrize("ratio", ["token", "seq", "turn"])
 def test_packing_order_does_not_matter(ratio: str) -> None:
     generator = torch.Generator().manual_seed(5)
     segments = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3, 3, 3])

@@ -28,6 +28,18 @@ RL: dict[str, Any] = {
 }
 MIXED: dict[str, Any] = {**RL, "use_opd": True, "teacher": PURE["teacher"]}
 
+LAKE: dict[str, Any] = {"env_type": "frozen_lake", "agent_template": "{observation}"}
+AGENTIC: dict[str, Any] = {
+    "pretrain": "models/student",
+    "adv_estimator": "reinforce",
+    "rollout_batch_size": 4,
+    "sequence_length": 64,
+    "actor_train": {"infer_batch_size": 8},
+    "actor_infer": {"generating_args": {"max_new_tokens": 8}},
+    "train_env_manager": {"num_env_groups": 2, "group_size": 2, "tags": ["Lake"]},
+    "custom_envs": {"Lake": LAKE, "Pond": {**LAKE}},
+}
+
 DELETE = object()
 
 

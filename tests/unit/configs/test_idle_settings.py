@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from config_samples import MIXED, PURE, REWARD, RL, changed
+from config_samples import AGENTIC, MIXED, PURE, REWARD, RL, changed
 
 from roll_opd.configs import AgenticConfig, RLVRConfig, build_config
 from roll_opd.configs.builder import field_types
@@ -140,9 +140,33 @@ def test_what_is_forced_is_said_once():
 
 
 def test_fields_of_another_pipeline_are_not_asked_for():
-    raw = {**{k: v for k, v in RL.items() if k != "rewards"}, "sequence_length": 64, "lambd": 0.9}
-    (line,) = (w for w in build_config(raw, "agentic").warnings if "without effect here: lambd" in w)
+    (line,) = build_config({**AGENTIC, "lambd": 0.9}, "agentic").warnings
     assert line.startswith("settings without effect here: lambd (")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rewards": {"math": REWARD}, "validation": {"seed": 1}, "num_return_sequences_in_group": 4},
+         ["rewards", "validation", "num_return_sequences_in_group"]),
+        ({"episode_reward_weight": 0.5, "step_reward_gamma": 0.9}, ["episode_reward_weight", "step_reward_gamma"]),
+        ({"adv_estimator": "step_reinforce", "step_reward_weight": 0.5, "step_reward_gamma": 0.9},
+         ["step_reward_weight"]),
+    ],
+)  # fmt: skip
+def test_what_episodes_have_no_use_for(changes, named):
+    built = build_config({**AGENTIC, **changes}, "agentic")
+    assert list(idle_settings(built.config, changes)) == named
+    assert (built.config.rewards, built.config.validation) == ({}, None)
+    assert built.config.num_return_sequences_in_group == 1
+
+
+def test_rewards_of_environments_only_monitor_in_pure_distillation():
+    roles = {"student_train": PURE["student_train"], "student_infer": PURE["student_infer"], "teacher": PURE["teacher"]}
+    raw = {k: v for k, v in AGENTIC.items() if not k.startswith("actor_")} | roles
+    raw |= {"pure_opd_pipeline_type": "agentic", "reward_normalization": {"method": "mean"}, "step_reward_gamma": 0.5}
+    built = build_config(raw, OPD)
+    assert set(idle_settings(built.config, raw)) == {"reward_normalization", "step_reward_gamma"}
 
 
 def test_the_rules_name_fields():

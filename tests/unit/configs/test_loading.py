@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from config_samples import MIXED, PURE, REWARD, RL, changed
+from config_samples import AGENTIC, LAKE, MIXED, PURE, REWARD, RL, changed
 
 from roll_opd.configs import (
     build_config,
@@ -205,6 +205,7 @@ def test_plan_json_shape():
         "teachers": {"default": {"model": "models/teacher", "strategy": "hf_infer", "devices": [], "tags": [],
                                  "opd_kl_coef": 1.0}},
         "rewards": {"r": {"worker_cls": "roll_opd.rewards.x.Y", "tags": ["m"], "world_size": 1}},
+        "environments": {},
         "memory": {"student_train": None, "student_infer": None, "teacher": None},
         "sharing": [{"devices": [], "roles": ["student_train", "student_infer", "teacher"]}],
         "warnings": [],
@@ -217,7 +218,31 @@ def test_plan_json_shape():
     assert json.loads(json.dumps(several)) == several
 
 
-@pytest.mark.parametrize(("base", "launcher"), [(PURE, OPD), (RL, "rlvr"), (MIXED, "rlvr"), (RL, "agentic")])
+TOOL = {"tool_configs": [{"tool_id": "python_code", "tool_args": {"timeout": 5}}], "wrapper_args": {"max_tool_uses": 2}}
+WITH_TOOLS = {**AGENTIC, "custom_envs": {"Lake": {**LAKE, "tool_wrapper": TOOL, "env_config": {"size": 4}}}}
+
+
+def test_the_plan_of_environments():
+    several = {"num_env_groups": 3, "group_size": 2, "tags": ["Lake", "Pond"], "max_env_num_per_worker": 4}
+    step = {**LAKE, "episode_mode": "step", "agent_template": "{current_observation}", "max_tokens_per_step": 5}
+    changes = {"train_env_manager": several, "val_env_manager": {"num_env_groups": 1, "tags": "Lake"}}
+    loaded = build_config(changed(AGENTIC, {**changes, "custom_envs.Pond": step}), "agentic")
+    assert plan_as_dict(loaded)["environments"] == {
+        "Lake": {"env_type": "frozen_lake", "mode": "trajectory", "max_steps": 10, "max_tokens_per_step": 8,
+                 "groups": {"train": 2, "validation": 1}},
+        "Pond": {"env_type": "frozen_lake", "mode": "step", "max_steps": 10, "max_tokens_per_step": 5,
+                 "groups": {"train": 1, "validation": 0}},
+    }  # fmt: skip
+    text = render_plan_text(loaded)
+    assert "train: 3 groups x 2 = 6 at a time in 2 processes; a step plays 2 groups, 4 episodes" in text
+    assert "validation: 1 groups x 1 = 1 at a time in 1 process\n" in text
+    rows = [line.split() for line in text.splitlines()]
+    assert ["Pond", "frozen_lake", "step", "10", "5", "1", "x", "2", "-"] in rows
+
+
+@pytest.mark.parametrize(
+    ("base", "launcher"), [(PURE, OPD), (RL, "rlvr"), (MIXED, "rlvr"), (AGENTIC, "agentic"), (WITH_TOOLS, "agentic")]
+)
 def test_round_trip(base, launcher):
     config = build_config(changed(base, {"resume_from_checkpoint": "/a/b", "system_envs": {"A": 1}}), launcher).config
     assert config_from_dict(json.loads(config_to_json(config))) == config

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from config_samples import DELETE, MIXED, PURE, REWARD, RL, changed
+from config_samples import AGENTIC, DELETE, MIXED, PURE, REWARD, RL, changed
 
 import roll_opd.configs
 from roll_opd.configs import AgenticConfig, RLVRConfig, build_config, launch_blockers, render_plan_text
@@ -55,9 +55,9 @@ def test_mixed_mode_and_rl_keep_the_actors_names():
 
 
 def test_pure_pipeline_type_chooses_the_config_class():
-    loaded = build_config(
-        changed(PURE, {"pure_opd_pipeline_type": "agentic", "train_env_manager": {"max_env_num_per_worker": 3}}), OPD
-    )
+    played = {key: AGENTIC[key] for key in ("custom_envs", "train_env_manager")}
+    raw = changed({**PURE, **played}, {"train_env_manager.max_env_num_per_worker": 3})
+    loaded = build_config({**raw, "pure_opd_pipeline_type": "agentic"}, OPD)
     assert isinstance(loaded.config, AgenticConfig)
     assert loaded.config.pipeline == "agentic"
     assert loaded.config.train_env_manager.max_env_num_per_worker == 3
@@ -243,7 +243,6 @@ def test_roll_class_paths_become_ours():
     [
         (PURE, OPD, {f"student_infer.{STRATEGY}": "sglang"}, f"student_infer.{STRATEGY}"),
         (PURE, OPD, {"async_generation_ratio": 1}, "async_generation_ratio"),
-        (PURE, OPD, {"pure_opd_pipeline_type": "agentic"}, "pure_opd_pipeline_type"),
         (PURE, OPD, {"student_train.model_args.moe_aux_loss_coef": 0.1},
          "student_train.model_args.moe_aux_loss_coef"),
         (PURE, OPD, {"length_loss_weight": True}, "length_loss_weight"),
@@ -253,7 +252,7 @@ def test_roll_class_paths_become_ours():
          "teacher.b.model_args.lora_target"),
         (MIXED, "rlvr", {"rollout_dump_dir": "x"}, "rollout_dump_dir"),
         (RL, "rlvr", {f"actor_infer.{STRATEGY}": "sglang"}, f"actor_infer.{STRATEGY}"),
-        (RL, "agentic", {"adv_estimator": "gigpo"}, "pipeline"),
+        (AGENTIC, "agentic", {"async_generation_ratio": 1}, "async_generation_ratio"),
     ],
 )  # fmt: skip
 def test_what_plans_but_does_not_run_is_refused_at_launch(base, launcher, changes, field):
@@ -262,7 +261,7 @@ def test_what_plans_but_does_not_run_is_refused_at_launch(base, launcher, change
     assert "not run by this version" in blockers[0].problem
 
 
-@pytest.mark.parametrize(("base", "launcher"), [(PURE, OPD), (MIXED, "rlvr"), (RL, "rlvr")])
+@pytest.mark.parametrize(("base", "launcher"), [(PURE, OPD), (MIXED, "rlvr"), (RL, "rlvr"), (AGENTIC, "agentic")])
 def test_the_samples_can_be_launched(base, launcher):
     assert launch_blockers(build_config(base, launcher)) == []
 

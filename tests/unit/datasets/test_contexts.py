@@ -138,15 +138,15 @@ def test_without_a_chat_template_the_text_stands_as_it_is(tokenizer):
 @pytest.mark.parametrize(
     ("template", "problem"),
     [
-        ("{{ prompt }}{{ hint }}", r"'hint' is undefined \(the row gives .*ground_truth, id, messages, prompt"),
+        ("{{ prompt }}{{ hint }}", r"'hint' is undefined \(it gives .*ground_truth, id, messages, prompt"),
         ("{% if hint %}{{ hint }}{% endif %}{{ prompt }}", "'hint' is undefined"),
         ("{{ messages[0].name }}", "has no attribute 'name'"),
-        ("{{ prompt + 1 }}", "the context template fails on this row: can only concatenate"),
-        ("{{ 1 // (prompt | length - 1) }}", "the context template fails on this row: .*division"),
-        ("{{ prompt.__class__.__mro__ }}", "fails on this row: access to attribute '__class__'.* unsafe"),
-        ("{{ messages.append(1) or prompt }}", "fails on this row|does not give"),
-        ("{% for i in range(10 ** 9) %}{{ prompt }}{% endfor %}", "fails on this row: .*[Rr]ange"),
-        ("{% if false %}{{ prompt }}{% endif %} ", "gives no text for this row"),
+        ("{{ prompt + 1 }}", "the context template fails here: can only concatenate"),
+        ("{{ 1 // (prompt | length - 1) }}", "the context template fails here: .*division"),
+        ("{{ prompt.__class__.__mro__ }}", "fails here: access to attribute '__class__'.* unsafe"),
+        ("{{ messages.append(1) or prompt }}", "fails here|does not give"),
+        ("{% for i in range(10 ** 9) %}{{ prompt }}{% endfor %}", "fails here: .*[Rr]ange"),
+        ("{% if false %}{{ prompt }}{% endif %} ", "gives no text here"),
     ],
 )
 def test_what_a_row_does_not_give_is_named(tokenizer, template, problem):

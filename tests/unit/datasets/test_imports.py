@@ -9,7 +9,7 @@ import sys
 def test_no_heavy_imports():
     code = (
         "import sys\n"
-        "from roll_opd.datasets import contexts, domains, prompts, rows, sampling, tags\n"
+        "from roll_opd.datasets import contexts, conversation, domains, prompts, rows, sampling, tags\n"
         "heavy = ('torch', 'ray', 'transformers', 'datasets', 'pyarrow', 'pandas')\n"
         "sys.exit(', '.join(m for m in heavy if m in sys.modules) or None)"
     )

@@ -118,7 +118,7 @@ def test_no_chat_template(template):
 
 def test_a_row_that_the_template_refuses_is_named():
     rows = [row(0, prompt="a"), row(1, messages=({"role": "tool", "content": "b"},))]
-    with pytest.raises(DataError, match=r"^x\.jsonl:2: .*template refuses this row: no tools here"):
+    with pytest.raises(DataError, match=r"^x\.jsonl:2: .*template refuses this conversation: no tools here"):
         encode_prompts(rows, byte_tokenizer(), prompt_length=100, chat_template_kwargs={"no_tools": 1})
 
 

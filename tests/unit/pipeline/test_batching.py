@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,7 +44,11 @@ HOW = {
 
 def test_mini_batches_by_hand() -> None:
     assert mini_batch_size(config(2, 3), 4) == 24
-    assert list(mini_batches(list("abcdefg"), 3)) == [["a", "b", "c"], ["d", "e", "f"], ["g"]]
+    """Episodes of three samples a step; the two segments of 1/0 stay together and count once."""
+    names = ["0/0/0", "0/1/0", "1/0/0", "1/0/1", "1/1/0", "2/0/0"]
+    samples = [SimpleNamespace(id=TrajectoryId(*map(int, name.split("/")))) for name in names]
+    cut = [[str(t.id) for t in step] for step in mini_batches(samples, 3)]
+    assert cut == [["0/0/0", "0/1/0", "1/0/0", "1/0/1"], ["1/1/0", "2/0/0"]]
     assert list(mini_batches([], 3)) == []
 
 

@@ -7,7 +7,17 @@ import math
 import numpy as np
 import pytest
 
-from roll_opd.pipeline.metrics import opd_metrics, reverse_kl, reward_metrics, rollout_metrics
+from roll_opd.pipeline.metrics import (
+    environment_metrics,
+    episode_metrics,
+    episodes_of,
+    invalid_action_reports,
+    opd_metrics,
+    reverse_kl,
+    reward_metrics,
+    rollout_metrics,
+)
+from roll_opd.trajectory import TrajectoryId, Turn
 
 
 def f32(*values: float) -> np.ndarray:
@@ -114,3 +124,81 @@ def test_rewards_by_hand(fakes) -> None:
         "reward/accuracy/tag/untagged": 1.0,
     }
     assert reward_metrics([fakes.trajectory()], "reward") == {}
+
+
+def segment(fakes, draw, sample, number, valid, *, tag="lake", stream="train", **fields):
+    """A segment of two-token turns, one for each entry of ``valid``, behind a prompt of two tokens."""
+    turns = tuple(
+        Turn(index=i, start=2 + 2 * i, end=4 + 2 * i, observation="", reward=0.0, state="", is_valid=v)
+        for i, v in enumerate(valid)
+    )
+    name = TrajectoryId(draw, sample, number, stream)
+    return fakes.trajectory(draw, prompt=2, response=2 * len(valid), id=name, tag=tag, turns=turns, **fields)
+
+
+@pytest.fixture
+def episodes(fakes):
+    """A success in two segments, which come apart and the later one first; a failure; and one of another tag."""
+    won = {"reward": 3.0, "correct": True}
+    return [
+        segment(fakes, 0, 0, 1, [True], **won),
+        segment(fakes, 0, 1, 0, [False, None], reward=0.0, correct=False, extras={"env_metrics": {"steps": 2}}),
+        segment(fakes, 1, 0, 0, [None], tag="gem", reward=1.0, extras={"env_metrics": {"calls": 1.5}}),
+        segment(fakes, 0, 0, 0, [True, False], **won, extras={"env_metrics": {"steps": 5, "won": True}}),
+    ]
+
+
+def test_an_episode_counts_once_however_many_segments(episodes) -> None:
+    assert [[t.id.segment for t in group] for group in episodes_of(episodes)] == [[0, 1], [0], [0]]
+    assert reward_metrics(episodes, "reward") == {
+        "reward/mean": pytest.approx(4 / 3),
+        "reward/graded": 1.0,
+        "reward/accuracy": 0.5,
+        "reward/accuracy/tag/lake": 0.5,
+    }
+    assert episode_metrics(episodes, "episode") == {
+        "episode/num_episodes": 3.0,
+        "episode/turns": pytest.approx(6 / 3),
+        "episode/segments": pytest.approx(4 / 3),
+        "episode/tokens_per_turn": 2.0,
+        "episode/success_rate": 0.5,
+        "episode/success_rate/tag/lake": 0.5,
+        "episode/score": pytest.approx(4 / 3),
+        "episode/score/tag/gem": 1.0,
+        "episode/score/tag/lake": 1.5,
+        "episode/valid_action_rate": 0.5,  # of four that the environment told of
+        "episode/valid_action_rate/tag/lake": 0.5,
+    }
+
+
+def test_a_steps_metrics_have_the_episodes(episodes, batch) -> None:
+    metrics = rollout_metrics(episodes, version=0)
+    assert metrics["episode/num_episodes"] == 3 and metrics["env/lake/steps"] == 3.5
+    assert not [name for name in rollout_metrics(batch, version=5) if name.startswith(("episode", "env"))]
+
+
+def test_environments_metrics_by_hand(episodes) -> None:
+    assert environment_metrics(episodes) == {"env/gem/calls": 1.5, "env/lake/steps": 3.5, "env/lake/won": 1.0}
+
+
+def test_an_id_that_comes_again_is_another_sample(fakes) -> None:
+    """Several teachers answer the same held-out prompt; the streams' numbers say nothing about each other."""
+    again = [fakes.trajectory(0, reward=1.0, correct=True), fakes.trajectory(0, reward=0.0, correct=False)]
+    other = fakes.trajectory(0, id=TrajectoryId(0, 0, 0, "val"), reward=0.0, correct=False)
+    assert reward_metrics([*again, other], "val")["val/accuracy"] == pytest.approx(1 / 3)
+
+
+def test_actions_that_are_never_understood(fakes) -> None:
+    def decode(ids: list[int]) -> str:
+        return "go\x1b" if ids == [2, 3] else "x" * 200
+
+    def reports(*valid, tag="lake"):
+        return invalid_action_reports([segment(fakes, 0, 0, 0, valid, tag=tag)], decode)
+
+    (report,) = reports(*[False] * 8, None).values()
+    assert report is not None and report.startswith("lake: the environment understood 0 of 8 actions (0%).")
+    # Each different text once, shortened, with nothing in it that acts on a terminal.
+    assert report.endswith(f"The student wrote 'go\\x1b'; '{'x' * 157}...'")
+    assert reports(*[False] * 7) == {} and reports(*[None] * 9) == {}
+    assert reports(*[False] * 8, True) == {"lake": None}
+    assert reports(True, tag="") == {"": None}

@@ -14,7 +14,7 @@ from roll_opd.algorithms.policy_loss import PolicyLoss
 from roll_opd.distributed.strategy.base import TrainItem
 from roll_opd.distributed.strategy.loss_inputs import RowTensors
 from roll_opd.distributed.strategy.packed_model import raw_of
-from roll_opd.trajectory import REFERENCE, SupportScores, TeacherScores, Trajectory, TrajectoryId
+from roll_opd.trajectory import REFERENCE, SupportScores, TeacherScores, Trajectory, TrajectoryId, Turn
 
 CPU = torch.device("cpu")
 PLAIN = PolicyLoss(None, None)
@@ -84,6 +84,14 @@ def test_what_a_trajectory_does_not_carry() -> None:
     x = row(bare, trajectory(1, policy_weights=numbered(1, 0))).inputs(outputs(5))
     assert x.policy_weights.tolist() == [1.0, 1.0, 11.0, 13.0, 14.0]
     assert x.old_logprobs.tolist()[:2] == x.advantages.tolist()[:2] == [0.0, 0.0]
+
+
+def test_a_ratio_by_turn_is_over_the_turns_of_an_episode() -> None:
+    turns = (Turn(0, 1, 2, "", 0.0, "s"), Turn(1, 3, 5, "", 1.0, "t"))
+    items = [trajectory(0), trajectory(1, turns=turns), trajectory(2)]
+    x = row(*items, loss=Loss(PolicyLoss(None, None, ratio="turn"))).inputs(outputs(6))
+    assert x.segments.tolist() == [0, 0, 1, 2, 2, 3] and x.num_segments == 4
+    assert row(*items).inputs(outputs(6)).segments.tolist() == [0, 0, 1, 1, 1, 2]
 
 
 def scored(i: int, *names: str, details=None, **fields) -> Trajectory:

@@ -53,7 +53,9 @@ def test_a_process_name_cannot_leave_the_folder(tmp_path):
     assert log_file_path(tmp_path, "../teacher/math 0").parent == tmp_path
 
 
-@pytest.mark.parametrize("module", ["logging", "tracking", "console", "samples_page", "run_folder", "files"])
+@pytest.mark.parametrize(
+    "module", ["logging", "tracking", "console", "samples_page", "episode_log", "run_folder", "files"]
+)
 def test_modules_import_without_heavy_libraries(module):
     code = (
         f"import sys, roll_opd.utils.{module}; "

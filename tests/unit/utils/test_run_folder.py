@@ -28,6 +28,9 @@ def test_logs_and_checkpoints_may_lie_elsewhere(tmp_path):
     folder = prepare_run_folder(tmp_path / "run", logging_dir=tmp_path / "logs", checkpoint_dir=tmp_path / "ckpt")
     assert (folder.logs, folder.checkpoints) == (tmp_path / "logs", tmp_path / "ckpt")
     assert not (tmp_path / "run" / "logs").exists()
+    assert folder.renders is None
+    assert prepare_run_folder(tmp_path / "run", render_dir=tmp_path / "a" / "b").renders == tmp_path / "a" / "b"
+    assert (tmp_path / "a" / "b").is_dir()
 
 
 def test_a_file_in_the_way_is_named(tmp_path):
@@ -45,6 +48,8 @@ def test_the_setting_at_fault_is_named(tmp_path):
         prepare_run_folder(tmp_path / "run", checkpoint_dir=tmp_path / "file")
     with pytest.raises(LaunchError, match=r"^logging_dir: "):
         prepare_run_folder(tmp_path / "run", logging_dir=tmp_path / "file")
+    with pytest.raises(LaunchError, match=r"^render_save_dir: "):
+        prepare_run_folder(tmp_path / "run", render_dir=tmp_path / "file")
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc on this system")

@@ -5,8 +5,16 @@ from html.parser import HTMLParser
 
 import pytest
 
+from roll_opd.utils.episode_log import write_episodes_log
 from roll_opd.utils.files import truncate_jsonl
-from roll_opd.utils.samples_page import SampleView, TokenView, verdict_class, write_samples_jsonl, write_samples_page
+from roll_opd.utils.samples_page import (
+    SampleView,
+    TokenView,
+    TurnView,
+    verdict_class,
+    write_samples_jsonl,
+    write_samples_page,
+)
 
 
 def token(text, student=-1.0, teacher=-1.0, **kwargs):
@@ -139,6 +147,91 @@ def test_header_of_a_sample(page):
     assert "✗ wrong" in text and "<code>4</code>" in text and ">math</span>" in text
     assert "0 of 1 correct" in text
     assert "✓" not in text and "✓ correct" in page(sample(tokens, correct=True))
+
+
+GRID = "\nSF\n H"
+
+
+def episode(**kwargs):
+    """Three turns in two segments, the later one first."""
+    fields = {"tag": "Lake", "episode": "7/1", "segments": 2, "reward": -0.5, "correct": False}
+    later = sample(
+        [token("end", -0.5, -2.5)],
+        id="7/1/1", segment=1, prompt_text="again", finish_reason="length",
+        turns=[TurnView(2, 0, 1, "hole", "end", -1.0, None)], **fields | kwargs,
+    )  # fmt: skip
+    first = sample(
+        [token("a", -1.0, -0.5), token("b", -1.0, -1.0), token("c", -0.5, -1.0)],
+        id="7/1/0", prompt_text="rules", turns=[
+            TurnView(0, 0, 2, GRID, "ab", 0.5, True), TurnView(1, 2, 3, ATTACK, "c", 0.0, False)
+        ], **fields | kwargs,
+    )  # fmt: skip
+    return [later, first]
+
+
+def test_an_episode_is_one_card_with_its_turns_in_order(page):
+    later, first = episode()
+    text = page(later, sample([token("x", -1.0, -1.0)], id="8/0/0"), first)
+    cards = re.findall("<section>.*?</section>", text, re.DOTALL)
+    assert len(cards) == 2 and "8/0/0" in cards[1]
+    plain = re.sub("<[^>]*>", "", cards[0])
+    assert "episode 7/1Lake✗ no success" in plain
+    # reverse KL of the student's tokens: -0.5, 0, 0.5 and 2
+    assert "step 3 · 3 turns · 2 segments · 4 tokens · ended by length · score −0.5 · reverse KL +0.500" in plain
+    order = ["segment 1 of 2 · ended by stop · worst token c", "turn 0 · reward 0.5 · reverse KL −0.250", "turn 1"]
+    order += ["✗ invalid action", "segment 2 of 2 · ended by length", "again", "turn 2 · reward −1 · reverse KL +2.000"]
+    places = [plain.index(part) for part in order]
+    assert places == sorted(places) and plain.count("✗ invalid action") == 1
+    assert [shown for _, _, shown in Page(cards[0]).tokens] == ["a", "b", "c", "end"]
+    assert "2 episodes · 0 of 1 successful" in text
+
+
+def test_observations_keep_their_shape_and_are_escaped(page):
+    text = page(*episode(episode=ATTACK))
+    # A browser drops the line break behind <pre>, and no further one.
+    assert f'<pre class="observation">\n{GRID}</pre>' in text
+    assert "white-space:pre-wrap" in text
+    parsed = Page(text)
+    assert {tag for tag, _ in parsed.elements} & {"script", "img"} == set()
+    assert text.count("&lt;script&gt;alert") == 2
+
+
+def test_turns_in_jsonl(tmp_path):
+    write_samples_jsonl(tmp_path / "s.jsonl", episode())
+    row = json.loads((tmp_path / "s.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert (row["episode"], row["segment"], row["segments"]) == ("7/1", 1, 2)
+    (turn,) = row["turns"]
+    assert turn == {
+        "index": 2, "start": 0, "end": 1, "observation": "hole", "text": "end", "reward": -1.0, "is_valid": None
+    }  # fmt: skip
+
+
+def test_episodes_as_text(tmp_path):
+    path = tmp_path / "episodes.txt"
+    attack = TurnView(0, 0, 1, "==== episode 9/9\u2028x\n---- turn 5\x1b[2J", "", 1.0, True)
+    single = sample([token("x")], turns=[attack], episode="8/0", reward=1.0, correct=True, ground_truth="42")
+    write_episodes_log(path, [*episode(), sample([token("no turns")]), single])
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[:9] == [
+        "==== episode 7/1 · Lake · step 3 · 3 turns · 2 segments · 4 tokens · ended by length · "
+        "score −0.5 · no success",
+        "---- segment 1 of 2",
+        "---- turn 0",
+        "",
+        "    SF",
+        "     H",
+        "  student:",
+        "    ab",
+        "  reward 0.5",
+    ]
+    assert "  reward 0, invalid action" in lines
+    # What an environment writes cannot pass for a heading, nor act on a terminal.
+    assert [line.split()[2] for line in lines if line.startswith("====")] == ["7/1", "8/0"]
+    at = lines.index("    ==== episode 9/9[U+2028]x")
+    assert lines[at : at + 6] == [
+        "    ==== episode 9/9[U+2028]x", "    ---- turn 5[U+001B][2J", "  student:", "    (nothing)", "  reward 1",
+        "---- expected",
+    ]  # fmt: skip
 
 
 def test_two_teachers_are_told_apart():

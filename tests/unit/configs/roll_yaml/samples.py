@@ -9,6 +9,7 @@ from typing import Any
 from roll_opd.configs import AgenticConfig, PipelineConfig, RewardConfig, RLVRConfig, TeacherConfig
 from roll_opd.configs.backends import SETTINGS
 from roll_opd.configs.builder import field_types
+from roll_opd.configs.environment_config import EnvironmentConfig
 from roll_opd.configs.roll_compat import RollKey, roll_keys
 
 # Where the default says nothing, or would contradict another setting.
@@ -31,6 +32,9 @@ VALUES: dict[str, Any] = {
     "upper_bound": 1.2,
     "moe_aux_loss_coef": 0.001,
     "num_groups_partition": [128],
+    "tags": ["Lake"],
+    "env_type": "frozen_lake",
+    "env_manager_cls": "roll.pipeline.agentic.env_manager.traj_env_manager.TrajEnvManager",
 }
 _PLAIN = (int, float, str, bool)
 # ROLL's words for values of keys that are nothing here.
@@ -74,8 +78,13 @@ def config(launcher: str) -> dict[str, Any]:
     cls: type[PipelineConfig] = AgenticConfig if launcher == "agentic" else RLVRConfig
     teaching = launcher in ("onpolicy_distill", "mixed")
     skip = {"teacher", "student_train", "student_infer", "is_pure_opd", "use_opd", "rewards", "critic", "reference"}
+    if launcher == "agentic":
+        # Refused there: `reward_normalization` has both.
+        skip |= {"norm_mean_type", "norm_std_type"}
     raw = block(cls, frozenset(skip | ({"kl_penalty"} if teaching else set())))
     raw |= {"prompt_length": 64, "response_length": 64, "sequence_length": 128}
+    if launcher == "agentic":
+        raw["custom_envs"] = {"Lake": block(EnvironmentConfig)}
     if launcher != "agentic":
         raw["rewards"] = {"math": block(RewardConfig)}
     if launcher == "onpolicy_distill":

@@ -66,7 +66,7 @@ def _inside(hint: Any, raw: Any, path: Path) -> Iterator[tuple[Path, set[str]]]:
             if key == "strategy_config" and raw.get("strategy_name") in SETTINGS:
                 yield from _inside(SETTINGS[raw["strategy_name"]], value, (*path, key))
             words = HANDED_ON.get(key, set(theirs[key].inner) if key in theirs else set())
-            if isinstance(value, Mapping) and key != "custom_envs":
+            if isinstance(value, Mapping):
                 yield from (((*path, key, inner), set(words)) for inner in value if inner in words)
 
 

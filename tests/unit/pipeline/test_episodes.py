@@ -1,0 +1,332 @@
+"""The player of episodes over scripted environments and engines: tokens, turns, retries, limits, overlap."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from roll_opd.configs.environment_config import EnvironmentConfig
+from roll_opd.distributed.strategy.base import GenerateRequest, GenerateResult, Sampling
+from roll_opd.environments.base import Opening, Outcome
+from roll_opd.errors import DataError, EnvironmentFailedError, GenerationError
+from roll_opd.pipeline.agentic.episodes import EnvTask, EpisodeRollout, PrivilegedView
+from roll_opd.pipeline.rollout import Draw, Engines, RolloutJob, Sample
+from roll_opd.trajectory import TrajectoryId
+
+pytestmark = pytest.mark.timeout(60)
+
+SAMPLING = Sampling(max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_models):
+    return AutoTokenizer.from_pretrained(tiny_models.student)
+
+
+class Countdown:
+    """Shows a number that goes down by one in each turn, with reward 1; at 0 the episode is won."""
+
+    def __init__(self, start: int, seconds: float = 0.0) -> None:
+        self.left = start
+        self.seconds = seconds
+
+    def opening(self, seed: int) -> Opening:
+        return Opening(f"start {self.left}", {"env_instruction": "Count.", "hint": f"h{seed}"})
+
+    async def step(self, action: str) -> Outcome:
+        await asyncio.sleep(self.seconds)
+        self.left -= 1
+        metrics = {"success": self.left == 0, "action_is_valid": self.left != 1, "left": self.left}
+        return Outcome(
+            f"now {self.left}", 1.0, self.left == 0, False, {"metrics": metrics, "metrics_agg_mode": {"left": "min"}}
+        )
+
+
+class Broken(Countdown):
+    """Fails in its second turn."""
+
+    async def step(self, action: str) -> Outcome:
+        if self.left == 2:
+            raise EnvironmentFailedError("count", "it broke")
+        return await super().step(action)
+
+
+class Pool:
+    """Makes environments; notes seeds and who plays alone."""
+
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        self.make = make
+        self.asked: list[tuple[int, bool]] = []
+        self.open = 0
+
+    @contextlib.asynccontextmanager
+    async def episode(self, tag: str, seed: int, alone: bool = False):
+        environment = self.make(len(self.asked))
+        self.asked.append((seed, alone))
+        self.open += 1
+        try:
+            environment.tag = tag
+            opening = environment.opening(seed)
+            yield type("Session", (), {"opening": opening, "step": staticmethod(environment.step), "tag": tag})
+        finally:
+            self.open -= 1
+
+
+class Engine:
+    """Answers with tokens that follow from the request's seed; notes its calls."""
+
+    def __init__(self, tokenizer: Any, seconds: float = 0.0) -> None:
+        self.tokenizer = tokenizer
+        self.seconds = seconds
+        self.calls: list[list[GenerateRequest]] = []
+
+    async def ask(self, worker: Any, requests: Sequence[GenerateRequest], finished: Callable) -> None:
+        self.calls.append(list(requests))
+        await asyncio.sleep(self.seconds)
+        for request in requests:
+            finished(self.answer(request))
+
+    def answer(self, request: GenerateRequest) -> GenerateResult:
+        ids = self.tokenizer.encode(f" {request.seed % 9}", add_special_tokens=False)
+        ids = np.array([*ids, self.tokenizer.eos_token_id][: request.sampling.max_new_tokens], dtype=np.int32)
+        logprobs = -np.arange(1, len(ids) + 1, dtype=np.float32)
+        return GenerateResult(request.id, ids, logprobs, np.full(len(ids), 7, dtype=np.int32), "stop", 0.5)
+
+    @property
+    def requests(self) -> list[GenerateRequest]:
+        return [request for call in self.calls for request in call]
+
+
+def rollout(
+    tokenizer, pool: Pool, engine: Engine, config: EnvironmentConfig | None = None, **settings
+) -> EpisodeRollout:
+    options: dict[str, Any] = {
+        "environments": {"count": config or EnvironmentConfig(env_type="x", agent_template="See {observation}")},
+        "pools": {"train": pool},
+        "penalties": {"train": -0.25},
+        "generation": engine,
+        "side_by_side": False,
+        "tokenizer": tokenizer,
+        "stop_ids": [tokenizer.eos_token_id],
+        "max_length": 400,
+        "views": {},
+    } | settings
+    return EpisodeRollout(**options)
+
+
+def play(player: EpisodeRollout, draws: int = 1, num_samples: int = 1, stream: str = "train") -> list[Sample]:
+    job = RolloutJob(
+        [Draw(i, EnvTask("count", 100 + i)) for i in range(draws)], num_samples, SAMPLING, 5, stream,
+        Engines("actor_infer", ["engine"]),
+    )  # fmt: skip
+    samples: list[Sample] = []
+    try:
+        asyncio.run(player.run(job, samples.append))
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
+    return sorted(samples, key=lambda s: (s.draw, s.sample))
+
+
+def test_an_episode_token_by_token(tokenizer) -> None:
+    """Two turns by hand: what was sampled is kept, what stands around it is the template's, rewards and marks follow."""
+    engine, pool = Engine(tokenizer), Pool(lambda i: Countdown(2))
+    (sample,) = play(rollout(tokenizer, pool, engine))
+    (t,) = sample.trajectories
+    first, second = engine.requests
+    name = TrajectoryId(0, 0)
+    assert [r.seed for r in engine.requests] == [name.seed(5), name.seed(5, 1)] and first.seed != second.seed
+    said = [f" {r.seed % 9}" for r in engine.requests]
+    text = (
+        f"<|im_start|>user\nCount.\nSee start 2<|im_end|>\n<|im_start|>assistant\n{said[0]}<|im_end|>\n"
+        f"<|im_start|>user\nSee now 1<|im_end|>\n<|im_start|>assistant\n{said[1]}<|im_end|>"
+    )
+    assert tokenizer.decode(t.tokens.tolist()) == text
+    assert tuple(t.tokens[: t.turns[1].start].tolist()) == second.prompt_ids
+    answers = [engine.answer(r) for r in engine.requests]
+    sampled = np.concatenate([a.response_ids for a in answers])
+    assert t.sampled(t.tokens).tolist() == sampled.tolist()
+    assert t.sampled(t.infer_logprobs).tolist() == [-1.0, -2.0, -1.0, -2.0]
+    assert t.sampled(t.weight_version).tolist() == [7] * 4 and (t.weight_version[~t.response_mask] == -1).all()
+    # The first action is invalid (one is left): reward 1 - 0.25.
+    assert [(u.index, u.end - u.start, u.observation, u.reward, u.state, u.is_valid) for u in t.turns] == [
+        (0, 2, "start 2", 0.75, "start 2", False),
+        (1, 2, "now 1", 1.0, "now 1", True),
+    ]
+    assert (t.reward, t.correct, t.finish_reason, t.sampled_mass, t.id) == (1.75, True, "stop", 0.5, name)
+    # success and action_is_valid as means, left as its least.
+    assert t.extras["env_metrics"] == {"success": 0.5, "action_is_valid": 0.5, "left": 0.0}
+    assert pool.asked == [(100, False)] and pool.open == 0
+
+
+def test_steps_are_trajectories_of_their_own(tokenizer) -> None:
+    config = EnvironmentConfig(
+        env_type="x", episode_mode="step", history_length=1,
+        agent_template="{env_instruction} {step_count} [{history}] {current_observation}",
+    )  # fmt: skip
+    engine = Engine(tokenizer)
+    (sample,) = play(rollout(tokenizer, Pool(lambda i: Countdown(3)), engine, config))
+    said = [f" {r.seed % 9}" for r in engine.requests]
+    prompts = [
+        "Count. 0 [] start 3",
+        f"Count. 1 [(step: 1, observation: start 3, action: {said[0]}, reward: 1)] now 2",
+        f"Count. 2 [(step: 2, observation: now 2, action: {said[1]}, reward: 0.75)] now 1",
+    ]
+    for i, (t, prompt) in enumerate(zip(sample.trajectories, prompts, strict=True)):
+        assert t.id == TrajectoryId(0, 0, i)
+        shown = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{said[i]}<|im_end|>"
+        assert tokenizer.decode(t.tokens.tolist()) == shown
+        assert [u.index for u in t.turns] == [i] and t.reward == 2.75 and t.correct is True
+    assert ["env_metrics" in t.extras for t in sample.trajectories] == [True, False, False]
+
+
+def test_a_failed_environment_costs_one_attempt(tokenizer) -> None:
+    """The second attempt plays alone, with the same seed, and asks for the same tokens."""
+    engine = Engine(tokenizer)
+    pool = Pool(lambda i: Broken(3) if i == 0 else Countdown(3))
+    player = rollout(tokenizer, pool, engine)
+    (sample,) = play(player)
+    assert pool.asked == [(100, False), (100, True)]
+    assert [(r.prompt_ids, r.seed) for r in engine.requests[:2]] == [
+        (r.prompt_ids, r.seed) for r in engine.requests[2:4]
+    ]
+    assert len(sample.trajectories) == 1 and len(sample.trajectories[0].turns) == 3
+    assert player.failures == {"count": 1} and pool.open == 0
+
+
+def test_failing_twice_gives_the_group_up(tokenizer) -> None:
+    pool = Pool(lambda i: Broken(3))
+    player = rollout(tokenizer, pool, Engine(tokenizer))
+    (sample,) = play(player)
+    assert sample.trajectories == () and "it broke" in sample.failure
+    assert [alone for _, alone in pool.asked] == [False, True] and player.failures == {"count": 2}
+
+
+def test_an_observation_longer_than_the_context_is_not_tried_twice(tokenizer) -> None:
+    pool = Pool(lambda i: Countdown(2))
+    (sample,) = play(rollout(tokenizer, pool, Engine(tokenizer), max_length=10))
+    assert "sequence_length is 10" in sample.failure and len(pool.asked) == 1
+
+
+def test_a_full_context_ends_the_episode(tokenizer) -> None:
+    """28 tokens of prompt, turns of two and bridges: what does not fit is never begun."""
+    engine = Engine(tokenizer)
+    full = play(rollout(tokenizer, Pool(lambda i: Countdown(9)), engine))[0].trajectories[0]
+    limit = full.turns[3].start  # exactly no room for the fourth turn
+    (t,) = play(rollout(tokenizer, Pool(lambda i: Countdown(9)), Engine(tokenizer), max_length=limit))[0].trajectories
+    assert len(t.turns) == 3 and t.finish_reason == "length" and len(t) <= limit and t.correct is False
+    (t,) = play(rollout(tokenizer, Pool(lambda i: Countdown(9)), Engine(tokenizer), max_length=limit + 1))[
+        0
+    ].trajectories
+    assert len(t.turns) == 4 and t.turns[3].end - t.turns[3].start == 1  # room for one token
+
+
+def test_a_full_context_can_be_shortened(tokenizer) -> None:
+    config = EnvironmentConfig(
+        env_type="x", agent_template="See {observation}",
+        on_context_full="roll_opd.pipeline.agentic.context_limits.drop_oldest_turns",
+    )  # fmt: skip
+    (sample,) = play(rollout(tokenizer, Pool(lambda i: Countdown(9)), Engine(tokenizer), config, max_length=160))
+    assert len(sample.trajectories) > 1
+    indices = [u.index for t in sample.trajectories for u in t.turns]
+    assert indices == list(range(9)) and all(len(t) <= 160 for t in sample.trajectories)
+    later = tokenizer.decode(sample.trajectories[1].tokens.tolist())
+    assert later.startswith("<|im_start|>user\nCount.\nSee start 9<|im_end|>")
+    assert all(t.reward == 8.75 and t.correct for t in sample.trajectories)
+
+
+def test_what_a_shortening_function_returns_is_checked(tokenizer, monkeypatch) -> None:
+    from roll_opd.pipeline.agentic import context_limits
+
+    monkeypatch.setattr(context_limits, "drop_oldest_turns", lambda messages: messages[:-1])
+    config = EnvironmentConfig(
+        env_type="x", on_context_full="roll_opd.pipeline.agentic.context_limits.drop_oldest_turns"
+    )
+    with pytest.raises(GenerationError, match=r"custom_envs\.count\.on_context_full"):
+        play(rollout(tokenizer, Pool(lambda i: Countdown(9)), Engine(tokenizer), config, max_length=100))
+
+
+def test_turns_end_at_max_steps(tokenizer) -> None:
+    config = EnvironmentConfig(env_type="x", max_steps=2, max_tokens_per_step=1)
+    engine = Engine(tokenizer)
+    (t,) = play(rollout(tokenizer, Pool(lambda i: Countdown(9)), engine, config))[0].trajectories
+    assert len(t.turns) == 2 and t.correct is False and t.response_length == 2
+    assert all(r.sampling.max_new_tokens == 1 for r in engine.requests)
+
+
+def test_members_of_a_group_begin_alike_and_sample_differently(tokenizer) -> None:
+    pool, engine = Pool(lambda i: Countdown(1)), Engine(tokenizer)
+    samples = play(rollout(tokenizer, pool, engine), draws=2, num_samples=3)
+    assert sorted(seed for seed, _ in pool.asked) == [100] * 3 + [101] * 3
+    assert [(s.draw, s.sample) for s in samples] == [(d, s) for d in range(2) for s in range(3)]
+    assert len({r.seed for r in engine.requests}) == 6
+
+
+def test_a_free_engine_waits_for_the_other_episodes(tokenizer) -> None:
+    """Eight episodes of two turns: two calls of eight, sorted; not sixteen of one."""
+    engine = Engine(tokenizer, seconds=0.2)
+    play(rollout(tokenizer, Pool(lambda i: Countdown(2, seconds=0.01)), engine), draws=4, num_samples=2)
+    assert [len(call) for call in engine.calls] == [8, 8]
+    assert all([r.id for r in call] == sorted(r.id for r in call) for call in engine.calls)
+
+
+def test_environments_and_engine_overlap(tokenizer) -> None:
+    """Eight episodes whose three turns take 0.2 s each: as long as one of them takes, not as all."""
+    player = rollout(tokenizer, Pool(lambda i: Countdown(3, seconds=0.2)), Engine(tokenizer), side_by_side=True)
+    began = time.perf_counter()
+    play(player, draws=8)
+    assert time.perf_counter() - began < 0.5 * 8 * 3 * 0.2
+
+
+def test_a_broken_engine_ends_the_rollout(tokenizer) -> None:
+    class Silent(Engine):
+        async def ask(self, worker: Any, requests: Sequence[GenerateRequest], finished: Callable) -> None:
+            if len(self.calls) == 1:
+                raise GenerationError("the generating process died")
+            await super().ask(worker, requests, finished)
+
+    pool = Pool(lambda i: Countdown(3))
+    with pytest.raises(GenerationError, match="process died"):
+        play(rollout(tokenizer, pool, Silent(tokenizer)), draws=2)
+    assert pool.open == 0
+
+
+def view(template: str, limit: int = 400) -> Mapping[str, PrivilegedView]:
+    return {"wise": PrivilegedView(template, limit, lambda tag: tag == "count")}
+
+
+def test_a_teacher_with_a_view_of_its_own(tokenizer) -> None:
+    views = view("{{ prompt }} ({{ hint }}, {{ tag }})")
+    (t,) = play(rollout(tokenizer, Pool(lambda i: Countdown(2)), Engine(tokenizer), views=views))[0].trajectories
+    shown = "<|im_start|>user\nCount.\nSee start 2 (h100, count)<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(list(t.contexts["wise"])) == shown
+    with pytest.raises(DataError, match="more than 5"):
+        play(rollout(tokenizer, Pool(lambda i: Countdown(2)), Engine(tokenizer), views=view("{{ prompt }}", 5)))
+
+
+def test_validation_has_its_own_pool_and_penalty(tokenizer) -> None:
+    train, val = Pool(lambda i: Countdown(2)), Pool(lambda i: Countdown(2))
+    player = rollout(
+        tokenizer, train, Engine(tokenizer), pools={"train": train, "val": val}, penalties={"train": -1.0, "val": 0.0}
+    )
+    (sample,) = play(player, stream="val")
+    assert not train.asked and sample.trajectories[0].reward == 2.0 and sample.trajectories[0].id.stream == "val"
+    (sample,) = play(player, stream="probe")
+    assert len(train.asked) == 1 and sample.trajectories[0].reward == 1.0
+
+
+def test_rewards_of_turns_add_up(tokenizer) -> None:
+    (t,) = play(rollout(tokenizer, Pool(lambda i: Countdown(4)), Engine(tokenizer)))[0].trajectories
+    assert t.reward == sum(u.reward for u in t.turns)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        t.reward = 0.0  # type: ignore[misc]
