@@ -9,7 +9,7 @@ from roll_opd.configs.environment_config import EnvironmentConfig
 from roll_opd.configs.field_spec import as_list, parse_with, ranged
 from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.configs.roll_compat import resolve_class_path
-from roll_opd.configs.worker_config import WorkerConfig
+from roll_opd.configs.worker_config import TeacherConfig, WorkerConfig
 
 ROLL_GROUP_FILTER = "roll_opd.pipeline.agentic.agentic_pipeline.GroupFilter"
 
@@ -81,7 +81,8 @@ class RewardNormalizationArguments:
     """What the scores of episodes are centred and scaled over."""
 
     grouping: str = "batch"
-    """`batch`, or the key of an episode that names its group, such as `traj_group_id` or `tags`."""
+    """Episodes that are compared: all of the `batch`, those of one draw (`traj_group_id`: same environment and seed), or
+    those of one environment (`tags`)."""
     method: Literal["identity", "mean", "mean_std", "asym_clip"] = "identity"
     """Centre, scale, or neither; `norm_mean_type` and `norm_std_type` win where they are set."""
     norm_mean_type: Literal["batch", "group"] | None = None
@@ -113,7 +114,7 @@ class AgenticConfig(PipelineConfig):
     val_env_manager: EnvManagerConfig = field(default_factory=EnvManagerConfig)
     """Environments that produce validation episodes."""
     render_save_dir: str | None = None
-    """Folder of rendered episodes; null: none."""
+    """Folder that keeps the episodes of every validation step as text; null: none."""
     reward: EnvRewardConfig | None = None
     """Reward worker of environments that ask for one."""
     reward_normalization: RewardNormalizationArguments = field(default_factory=RewardNormalizationArguments)
@@ -124,11 +125,11 @@ class AgenticConfig(PipelineConfig):
     """How a batch gets its size in ROLL. Without effect: no row is trained twice and none is left out, and what does
     not divide is a smaller last optimizer step."""
     episode_reward_weight: float = 1.0
-    """Weight of the episode's outcome."""
+    """Weight of the episode's score in `gigpo`."""
     step_reward_weight: float = 1.0
-    """Weight of step rewards."""
+    """Weight of the turns' returns, compared by state, in `gigpo`."""
     step_reward_gamma: float = ranged(0.95, ge=0, le=1)
-    """Discount per step."""
+    """Discount per turn, of `step_reinforce` and `gigpo` alone."""
     ratio_type: Literal["token", "segment"] = "token"
     """Policy ratio per token or per turn."""
     use_token_reward: bool = False
@@ -143,6 +144,11 @@ class AgenticConfig(PipelineConfig):
     def groups_per_step(self) -> int:
         """Pairs of environment and seed that a step plays; `rollout_batch_size` counts their episodes."""
         return self.rollout_batch_size // self.group_size
+
+    def context_length(self, scorer: TeacherConfig) -> int:
+        """Tokens that the prompt of a teacher with a view of its own may have."""
+        assert self.sequence_length is not None, "set at load"
+        return scorer.teacher_args.context_length or self.sequence_length
 
     def environments_in_use(self) -> dict[str, EnvironmentConfig]:
         """The entries of `custom_envs` that train or validate, by tag."""

@@ -66,8 +66,8 @@ NOT_YET_REWARD = [
 ]
 # Settings that only affect speed or memory and that nothing reads yet; whoever reads one removes it here.
 UNREAD_PIPELINE = ["val_batch_size"]
-# Episodes are on the pages of samples; environments have deadlines of their own, in their entry of custom_envs.
-UNREAD_AGENTIC = ["render_save_dir", "env_monitor"]
+# Environments have deadlines of their own, in their entry of custom_envs.
+UNREAD_AGENTIC = ["env_monitor"]
 # What a role that holds a model has and environments do not need; those not named here are read.
 UNREAD_ENV_MANAGER = [
     "model_args",

@@ -156,13 +156,20 @@ def _check_mixed(config: PipelineConfig, warnings: list[str]) -> None:
         return
     if config.gamma > 0:
         warnings.append(
-            f"opd_args.apply_to: 'reward' sums the teacher's log-ratio over the rest of the response (gamma "
+            f"opd_args.apply_to: 'reward' sums the teacher's log-ratio over the rest of the {_summed_over(config)} (gamma "
             f"{config.gamma:g}), so its weight against the reward grows with length"
         )
     if config.whiten_advantages or config.whiten_rewards or config.adv_estimator == "reinforce++":
         warnings.append(
             "opd_args.apply_to: 'reward' lets whitening rescale the teacher's term; rl/penalty_scale says by how much"
         )
+
+
+def _summed_over(config: PipelineConfig) -> str:
+    """What a token's return reaches to the end of."""
+    if config.pipeline == "rlvr":
+        return "response"
+    return "turn" if config.adv_estimator in ("step_reinforce", "gigpo") else "episode"
 
 
 def _check_self_teachers(config: PipelineConfig, names: Mapping[str, str]) -> None:

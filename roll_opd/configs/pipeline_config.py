@@ -112,7 +112,7 @@ class PipelineConfig(BaseConfig, DataClassJsonMixin):
     adv_estimator: AdvantageEstimator = "gae"
     """Estimator of the external reward's advantage; pure OPD uses plain `reinforce`."""
     gamma: float = ranged(1.0, ge=0, le=1)
-    """Discount per token; pure OPD uses 0: each token answers for itself."""
+    """Discount per token (per turn with `agentic_reinforce`); pure OPD uses 0: each token answers for itself."""
     lambd: float = ranged(0.95, ge=0, le=1)
     """Lambda of `gae`."""
     pg_clip: float = ranged(0.2, ge=0)
@@ -189,6 +189,10 @@ class PipelineConfig(BaseConfig, DataClassJsonMixin):
     def samples_per_step(self) -> int:
         """Responses or episodes of a step; an episode may become several trajectories."""
         return self.groups_per_step * self.group_size
+
+    def context_length(self, scorer: TeacherConfig) -> int:
+        """Tokens that the prompt of a teacher with a view of its own may have."""
+        return scorer.teacher_args.context_length or 2 * self.prompt_length
 
     @property
     def needs_reference(self) -> bool:

@@ -151,8 +151,7 @@ def _longest_sequence(config: PipelineConfig, worker: WorkerConfig) -> tuple[int
     if config.pipeline == "rlvr":
         whole = config.prompt_length + response
     if isinstance(worker, TeacherConfig) and worker.teacher_args.context_template is not None:
-        context = worker.teacher_args.context_length or 2 * config.prompt_length
-        return context + response, "the teacher's prompt and a response"
+        return config.context_length(worker) + response, "the teacher's prompt and a response"
     return whole, "prompt_length + response_length" if config.pipeline == "rlvr" else "sequence_length"
 
 

@@ -68,10 +68,11 @@ class TeacherArguments:
     """What the teacher sees besides the student's tokens."""
 
     context_template: str | None = None
-    """Jinja text that replaces the last user message for the teacher alone; it may use the row's fields, such as
-    `{{ prompt }}`, `{{ ground_truth }}` and `{{ hint }}`. Null: the student's own prompt."""
+    """Jinja text that replaces the last user message (of an episode: the first) for the teacher alone; it may use the
+    row's fields, such as `{{ prompt }}`, `{{ ground_truth }}` and `{{ hint }}`, or what the environment's reset tells.
+    Null: the student's own prompt."""
     context_length: int | None = ranged(None, ge=1)
-    """Tokens of that prompt at most; null: twice the pipeline's `prompt_length`."""
+    """Tokens of that prompt at most; null: twice the pipeline's `prompt_length` (of an episode: `sequence_length`)."""
     self_teacher: Literal["frozen", "ema", "live"] | None = None
     """The teacher is the student itself: as it was at the start, a moving average of it, or as it is. Null: a model of
     its own."""

@@ -173,8 +173,7 @@ class RoleClusters:
         for name, cluster in self.scorers.items():
             role, scorer = f"teacher-{name}", self.scorer_configs[name]
             generates = teachers_generate and name in config.teachers
-            context = scorer.teacher_args.context_length or 2 * config.prompt_length
-            longest = max(config.sequence_length, context + config.response_length)
+            longest = max(config.sequence_length, config.context_length(scorer) + config.response_length)
             setups.append((role, cluster, (self.yaml_names[role], scorer, student, generates, longest)))
         own = (self.yaml_names["actor_infer"], config.actor_infer, student, True, config.sequence_length)
         return [*setups, ("actor_infer", self.infer, own)]

@@ -24,6 +24,8 @@ from vllm_server import VLLMServer
 REPO = Path(__file__).parents[2]
 LAUNCHER = REPO / "examples" / "start_onpolicy_distill_pipeline.py"
 QUICKSTART = REPO / "examples" / "quickstart"
+FOLDERS = {"model": "models", "data": "data"}
+"""Variables of an example's YAML that name folders beside it."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class Finished:
 
 
 def overrides_for(folder: Path, settings: dict[str, Any], example: Path = QUICKSTART) -> list[str]:
-    values = {"output_dir": folder, "model_dir": example / "models", "data_dir": example / "data"} | settings
+    values: dict[str, Any] = {"output_dir": folder}
+    values |= {f"{name}_dir": example / part for name, part in FOLDERS.items() if (example / part).exists()}
+    values |= settings
     return [f"{key}={json.dumps(v) if isinstance(v, (dict, list, bool)) else v}" for key, v in values.items()]
 
 

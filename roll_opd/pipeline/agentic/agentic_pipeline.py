@@ -99,12 +99,10 @@ class AgenticPipeline(BasePipeline):
     def _views(self, clusters: RoleClusters) -> dict[str, PrivilegedView]:
         """Teachers with a view of their own."""
         views = {}
-        assert self.config.sequence_length is not None
         for name, teacher in clusters.scorer_configs.items():
             template = teacher.teacher_args.context_template
             if template is not None:
-                limit = teacher.teacher_args.context_length or self.config.sequence_length
-                views[name] = PrivilegedView(template, limit, _covers(teacher))
+                views[name] = PrivilegedView(template, self.config.context_length(teacher), _covers(teacher))
         return views
 
     def _template_kwargs(self) -> dict[str, bool]:

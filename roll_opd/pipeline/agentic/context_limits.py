@@ -1,7 +1,7 @@
 """What to do when an episode no longer fits its context: functions for ``on_context_full``.
 
-Each takes the messages so far and returns those that the student goes on with. Any function with that signature will do,
-for example one that asks a model for a summary.
+Each takes the messages so far and returns those that the student goes on with. Any function with that signature will
+do, for example one that asks a model for a summary.
 """
 
 from __future__ import annotations

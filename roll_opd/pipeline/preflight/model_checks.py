@@ -112,7 +112,7 @@ def context_lengths(facts: Facts) -> Iterator[Finding]:
     response = config.response_length or 0
     whole = config.prompt_length + response if config.pipeline == "rlvr" else config.sequence_length or 0
     views = {
-        facts.loaded.teacher_yaml_name(name): teacher.teacher_args
+        facts.loaded.teacher_yaml_name(name): teacher
         for name, teacher in config.teachers.items()
         if teacher.teacher_args.context_template is not None
     }
@@ -123,14 +123,15 @@ def context_lengths(facts: Facts) -> Iterator[Finding]:
             continue
         if whole > limit:
             what = "prompt_length + response_length" if config.pipeline == "rlvr" else "sequence_length"
-            error = ConfigError("response_length", f"{what} = {whole} tokens, but {path} reaches {limit}; shorten them")
+            field = "response_length" if config.pipeline == "rlvr" else "sequence_length"
+            error = ConfigError(field, f"{what} = {whole} tokens, but {path} reaches {limit}; shorten them")
             yield failed(error)
             continue
         if path in views:
-            context = views[path].context_length or 2 * config.prompt_length
+            context = config.context_length(views[path])
             if context + response > limit:
                 problem = f"{context} tokens and response_length = {response} are more than the {limit} of {path}"
-                level: Level = "error" if views[path].context_length else "warning"
+                level: Level = "error" if views[path].teacher_args.context_length else "warning"
                 field = f"{path}.teacher_args.context_length"
                 yield Finding(level, field, f"{problem}; set it to {max(limit - response, 1)} at most")
                 continue

@@ -179,7 +179,7 @@ def _contexts(
             scored,
             template,
             tokenizer,
-            max_length=teacher.teacher_args.context_length or 2 * config.prompt_length,
+            max_length=config.context_length(teacher),
             apply_chat_template=data.apply_chat_template,
             chat_template_kwargs=_template_kwargs(data),
         )

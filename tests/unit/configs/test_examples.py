@@ -21,8 +21,10 @@ from roll_opd.configs import (
     load_config,
     render_plan_text,
 )
+from roll_opd.configs.composition import compose_config
 from roll_opd.configs.launch_checks import model_holders, weight_followers
 from roll_opd.configs.memory import device_groups, footprint, turn_bytes
+from roll_opd.doctor import guess_launcher
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 YAML = sorted(path for path in EXAMPLES.glob("*/*.yaml") if path.parent.name != "config")
@@ -57,7 +59,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def loaded(path: Path, *overrides: str) -> LoadedConfig:
-    launcher = "onpolicy_distill" if "student_train:" in path.read_text(encoding="utf-8") else "rlvr"
+    launcher = guess_launcher(compose_config(path.parent, path.stem, []).values)
     return load_config(launcher, str(path.parent), path.name, overrides, None)
 
 

@@ -210,7 +210,7 @@ def test_what_environments_cannot_do_yet_is_refused(changes, fields, advice):
 
 def test_what_environments_do_not_read_is_mentioned():
     unread = {"train_env_manager.model_args": {"dtype": "fp32"}, "train_env_manager.world_size": 3}
-    unread |= {"render_save_dir": "x", "env_monitor": {"hung_timeout": 60}}
+    unread |= {"env_monitor": {"hung_timeout": 60}}
     (line,) = launch_warnings(build_config(changed(AGENTIC, unread), "agentic"))
     assert set(line.partition(": ")[2].split(", ")) == set(unread)
     assert launch_warnings(build_config(AGENTIC, "agentic")) == []

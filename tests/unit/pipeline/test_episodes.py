@@ -139,7 +139,7 @@ def play(player: EpisodeRollout, draws: int = 1, num_samples: int = 1, stream: s
 
 
 def test_an_episode_token_by_token(tokenizer) -> None:
-    """Two turns by hand: what was sampled is kept, what stands around it is the template's, rewards and marks follow."""
+    """Two turns by hand: what was sampled is kept, what stands around it is the template's, and rewards follow."""
     engine, pool = Engine(tokenizer), Pool(lambda i: Countdown(2))
     (sample,) = play(rollout(tokenizer, pool, engine))
     (t,) = sample.trajectories
