@@ -7,9 +7,9 @@ The files in ``models/`` beside this script were made by it::
 Both learn by supervised training on conversations on freshly drawn lakes. In each turn the right reply is the first
 move of a shortest way from where the player is; the conversation goes on with that move or, in some episodes, with a
 random one, so that the models also know what to do after a mistake. The student is smaller, and in the last
-``RANDOM_STEPS`` steps of its training the right reply is a random move in ``RANDOM_SHARE`` of the turns: it has seen the
-way, and does not stick to it. That is what distillation has to bring. (A student whose replies were random from the
-start never learnt to see holes, and distillation did not teach it that in 5,000 episodes: it went to the goal in a
+``RANDOM_STEPS`` steps of its training the right reply is a random move in ``RANDOM_SHARE`` of the turns: it has seen
+the way, and does not stick to it. That is what distillation has to bring. (A student whose replies were random from
+the start never learnt to see holes, and distillation did not teach it that in 5,000 episodes: it went to the goal in a
 straight line, and stayed at 76 %.)
 
 Tokenizer and model class are the quickstart's, with the names of the moves in the vocabulary. It uses one thread, so
@@ -109,10 +109,10 @@ def encode(
 def train(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, random_steps: int, name: str
 ) -> None:
-    """Train on the moves of freshly drawn episodes, the last ``random_steps`` of ``steps`` with random ones among them."""
+    """Train on the moves of freshly drawn episodes; in the last ``random_steps`` steps with random ones among them."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 50) * max(0.1, 1.0 - step / steps)
+        optimizer, lambda step: min(1.0, (step + 1) / 50) * max(0.02, 1.0 - step / steps)
     )
     env, rng, seed = FrozenLakeEnv(**LAKE), random.Random(name), FIRST_SEED
     model.train()

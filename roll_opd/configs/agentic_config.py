@@ -81,8 +81,8 @@ class RewardNormalizationArguments:
     """What the scores of episodes are centred and scaled over."""
 
     grouping: str = "batch"
-    """Episodes that are compared: all of the `batch`, those of one draw (`traj_group_id`: same environment and seed), or
-    those of one environment (`tags`)."""
+    """Episodes that are compared: all of the `batch`, those of one draw (`traj_group_id`: same environment and seed),
+    or those of one environment (`tags`)."""
     method: Literal["identity", "mean", "mean_std", "asym_clip"] = "identity"
     """Centre, scale, or neither; `norm_mean_type` and `norm_std_type` win where they are set."""
     norm_mean_type: Literal["batch", "group"] | None = None

@@ -156,8 +156,8 @@ def _check_mixed(config: PipelineConfig, warnings: list[str]) -> None:
         return
     if config.gamma > 0:
         warnings.append(
-            f"opd_args.apply_to: 'reward' sums the teacher's log-ratio over the rest of the {_summed_over(config)} (gamma "
-            f"{config.gamma:g}), so its weight against the reward grows with length"
+            f"opd_args.apply_to: 'reward' sums the teacher's log-ratio over the rest of the {_summed_over(config)} "
+            f"(gamma {config.gamma:g}), so its weight against the reward grows with length"
         )
     if config.whiten_advantages or config.whiten_rewards or config.adv_estimator == "reinforce++":
         warnings.append(

@@ -64,8 +64,8 @@ async def _try(tag: str, env: EnvironmentConfig, config: AgenticConfig, log_dir:
         "system_envs": {**config.system_envs, **manager.system_envs},
         "log_dir": log_dir,
     }
-    # A flow without line breaks: the end of the line is the end of the request.
-    line = yaml.safe_dump(request, default_flow_style=True, width=sys.maxsize).encode()
+    # The end of the line is the end of the request: only double quotes write a text's line breaks as escapes.
+    line = yaml.safe_dump(request, default_flow_style=True, default_style='"', width=sys.maxsize).encode()
     process = KillableProcess([sys.executable, "-m", __name__])
     try:
         if not await process.read_line(START_SECONDS):

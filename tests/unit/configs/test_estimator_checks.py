@@ -105,3 +105,10 @@ def test_turn_weights_are_for_episodes() -> None:
     assert (built.config.opd_args.turn_weight, built.config.opd_args.turn_scale) == ("linear", 4.0)
     (line,) = [x for x in load(mixed | {"opd_args": {"turn_scale": 4.0}}).warnings if "turn_scale" in x]
     assert line == "opd_args.turn_scale: has no effect with turn_weight none"
+
+
+@pytest.mark.parametrize(("estimator", "reach"), [("reinforce", "episode"), ("gigpo", "turn")])
+def test_how_far_a_teachers_term_is_summed_is_said(estimator, reach) -> None:
+    mixed = {"use_opd": True, "teacher": MIXED["teacher"], "opd_args": {"apply_to": "reward"}}
+    (line,) = [line for line in load(mixed | {"adv_estimator": estimator}).warnings if "grows with length" in line]
+    assert f"over the rest of the {reach} (gamma 1)" in line

@@ -186,7 +186,7 @@ def test_validation_without_environments() -> None:
 def test_trials_in_processes_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "trial_environments.py").write_text(ENVIRONMENTS)
     monkeypatch.syspath_prepend(tmp_path)
-    names = {"Well": {"size": {1: "one"}}, "Hangs": {}, "Dies": {}, "Picture": {}, "Odd": {"sise": 2}}
+    names = {"Well": {"size": {1: "one\ntwo"}}, "Hangs": {}, "Dies": {}, "Picture": {}, "Odd": {"sise": 2}}
     envs = {
         name: {"env_type": f"trial_environments.{name if name != 'Odd' else 'Well'}", "env_config": arguments}
         for name, arguments in names.items()
@@ -196,7 +196,7 @@ def test_trials_in_processes_of_their_own(tmp_path: Path, monkeypatch: pytest.Mo
     config = facts({}, custom_envs=envs, train_env_manager=manager, rollout_batch_size=5).config
     assert isinstance(config, AgenticConfig)
     opened = env_trial.open_environments(config)
-    assert opened["Well"] == Opening("map 42 of {1: 'one'} 7", {"hint": "left"})
+    assert opened["Well"] == Opening(r"map 42 of {1: 'one\ntwo'} 7", {"hint": "left"})
     assert "took longer than reset_timeout (0.1 s)" in str(opened["Hangs"])
     assert "ended with exit code 3" in str(opened["Dies"])
     assert "an observation that is a bytes, not a string" in str(opened["Picture"])
