@@ -88,9 +88,9 @@ class BasePipeline(ABC):
     def validate(self) -> None:
         """Measure the student on held-out prompts and report it."""
 
-    def probe_batch(self) -> Batch | None:
-        """Sample a few trajectories that training will not see, scored by the teachers; None: cannot be done."""
-        return None
+    @abstractmethod
+    def probe_batch(self) -> Batch:
+        """Sample a few trajectories that training will not see, scored by the teachers."""
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
@@ -135,8 +135,10 @@ class BasePipeline(ABC):
         self.sync_weights()
         with self.report.phase("preflight"):
             batch = self.probe_batch()
-            if batch is None:
-                found = [Finding("skipped", "", "samples: this pipeline has no probe", "samples")]
+            if not batch.trajectories:
+                found = [
+                    Finding("error", "", f"no sample could be made: {batch.failure}", "samples")
+                ]
             else:
                 self.clusters.turns.take("actor_train")
                 first = self.student.scored(batch.trajectories)

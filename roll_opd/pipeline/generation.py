@@ -28,6 +28,9 @@ class Generation:
     def __init__(self, revive: Callable[[Any], None] | None = None, deadline: float = 3600.0) -> None:
         self.revive = revive
         self.deadline = deadline
+        # By worker: how many engines it has lost, and who may bring it back.
+        self._lost: dict[int, int] = {}
+        self._reviving: dict[int, asyncio.Lock] = {}
 
     async def ask(
         self, worker: Any, requests: Sequence[GenerateRequest], finished: Callable[[GenerateResult], None]
@@ -39,6 +42,7 @@ class Generation:
         """
         left = {request.id: request for request in requests}
         while left:
+            lost = self._lost.get(id(worker), 0)
             try:
                 await self._ask_once(worker, list(left.values()), finished, left)
                 return
@@ -46,7 +50,14 @@ class Generation:
                 if self.revive is None:
                     raise
                 logger.warning("%s; %d responses will be asked for again", error, len(left))
-                await asyncio.to_thread(self.revive, worker)
+                await self._bring_back(worker, lost, self.revive)
+
+    async def _bring_back(self, worker: Any, lost: int, revive: Callable[[Any], None]) -> None:
+        """Replace the engine of ``worker``, once, however many calls it took along; it had lost ``lost`` before."""
+        async with self._reviving.setdefault(id(worker), asyncio.Lock()):
+            if self._lost.get(id(worker), 0) == lost:
+                await asyncio.to_thread(revive, worker)
+                self._lost[id(worker)] = lost + 1
 
     async def _ask_once(
         self,

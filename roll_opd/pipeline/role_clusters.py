@@ -173,7 +173,11 @@ class RoleClusters:
         for name, cluster in self.scorers.items():
             role, scorer = f"teacher-{name}", self.scorer_configs[name]
             generates = teachers_generate and name in config.teachers
-            longest = max(config.sequence_length, config.context_length(scorer) + config.response_length)
+            # Behind a context of its own a teacher sees everything from the first sampled token on: in the agentic
+            # pipeline, where response_length is sequence_length, the rest of the episode.
+            longest = config.sequence_length
+            if scorer.teacher_args.context_template is not None:
+                longest = max(longest, config.context_length(scorer) + config.response_length)
             setups.append((role, cluster, (self.yaml_names[role], scorer, student, generates, longest)))
         own = (self.yaml_names["actor_infer"], config.actor_infer, student, True, config.sequence_length)
         return [*setups, ("actor_infer", self.infer, own)]

@@ -83,6 +83,7 @@ class Batch:
         next_draw: the draw that the following batch begins with.
         filtered_groups: groups that a filter dropped while this batch was filled.
         failed_groups: groups that were replaced because one of their samples failed.
+        failure: why one of them did.
     """
 
     trajectories: list[Trajectory]
@@ -91,6 +92,7 @@ class Batch:
     next_draw: int = 0
     filtered_groups: int = 0
     failed_groups: int = 0
+    failure: str = ""
 
 
 @dataclass
@@ -284,7 +286,7 @@ class TrajectoryStream:
             failed += batch.failed_groups
             if failed > MAX_FAILED_PER_KEPT * size + SPARE_FAILURES:
                 raise GenerationError(
-                    f"{failed} groups failed while a batch of {size} was filled; the log has the reason of each"
+                    f"{failed} groups failed while a batch of {size} was filled, one of them with: {batch.failure}"
                 )
             if self.keep_group is None:
                 kept += _by_draw(batch.trajectories)
@@ -371,8 +373,9 @@ class TrajectoryStream:
         ended = time.perf_counter()
         trajectories = sorted((t for block in scored for t in block), key=lambda t: t.id)
         failed = len(job.draws) - len({t.id.draw for t in trajectories})
+        failure = max((s.failure for block in blocks for s in block.finished), default="")
         seconds = {"rollout": ended - began, "generate": generated - began}
-        return Batch(trajectories, seconds, grading, failed_groups=failed)
+        return Batch(trajectories, seconds, grading, failed_groups=failed, failure=failure)
 
     def _cut_blocks(self, job: RolloutJob) -> dict[int, _Block]:
         """The block of each draw."""

@@ -33,8 +33,7 @@ def test_quickstart_agentic_learns(run, tmp_path: Path) -> None:
     assert max(m["episode/turns"] for m in steps) > 1
     for name in ("samples/samples.html", "samples/episodes.txt", "logs/env-train-0.log", "logs/env-val-0.log"):
         assert (finished.folder / name).stat().st_size > 0, name
-    children = [p for p in psutil.Process().children(recursive=True) if "EnvWorker" in _title(p)]
-    assert not children
+    assert not [p for p in psutil.process_iter() if "EnvWorker" in _title(p)]
 
 
 def _title(process: psutil.Process) -> str:
@@ -88,7 +87,7 @@ def test_killed_environments_cost_nothing_but_time(run, tmp_path: Path) -> None:
     # A trajectory that came twice would have stopped the update (Student.train).
     assert [m["episode/num_episodes"] for m in steps] == [32] * 6
     log = (finished.folder / "logs" / "driver.log").read_text()
-    assert "is no more" in log
+    assert "it is played again" in log
 
 
 ROLL_SHAPE = """

@@ -133,13 +133,12 @@ class AgenticPipeline(BasePipeline):
         with self.report.phase("validation"):
             batch = self.stream.validate(tasks, manager.group_size, sampling, VALIDATION_SEED)
             samples = batch.trajectories
-            if not samples:
-                logger.warning("validation: every group failed; the log has the reasons")
-                return
-            metrics = validation_metrics(samples, sampling)
-            metrics |= {k.removeprefix("/"): v for k, v in episode_metrics(samples, "").items()}
-            metrics |= environment_metrics(samples)
-            metrics["failed_groups"] = float(batch.failed_groups)
+            metrics = {"failed_groups": float(batch.failed_groups)}
+            if samples:
+                metrics |= validation_metrics(samples, sampling) | environment_metrics(samples)
+                metrics |= {k.removeprefix("/"): v for k, v in episode_metrics(samples, "").items()}
+            else:
+                logger.warning("validation: every group failed, one of them with: %s", batch.failure)
             self.report.validation(self.step, metrics, samples, self.tokenizer)
 
     def _validation_sampling(self) -> Sampling:
@@ -151,13 +150,15 @@ def task_order(manager: EnvManagerConfig, seed: int, stream: str) -> Callable[[i
     partition = manager.num_groups_partition
     assert partition is not None, "set at load"
     shares = {tag: float(groups) for tag, groups in zip(manager.tags, partition, strict=True)}
-    order = DomainOrder(dict.fromkeys(shares, 1), shares, seed, False, manager.num_env_groups)
+    # Tags as domains: a validation plays each of a tag's groups once, and training never runs out of them.
+    sizes = dict(zip(manager.tags, partition, strict=True)) if stream == "val" else dict.fromkeys(shares, 1)
+    order = DomainOrder(sizes, shares, seed, False, manager.num_env_groups)
 
     def task(draw: int) -> EnvTask:
-        # Validation counts from 0, so that an environment over a file can walk through its rows. Training's seeds have
-        # 31 bits: what every environment's random generator takes.
-        number = draw if stream == "val" else TrajectoryId(draw, 0, 0, "environment").seed(seed) >> 32
-        return EnvTask(order.index(draw)[0], number)
+        tag, number = order.index(draw)
+        # Validation counts each tag's groups from 0, so that an environment over a file can walk through its rows.
+        # Training's seeds have 31 bits: what every environment's random generator takes.
+        return EnvTask(tag, number if stream == "val" else TrajectoryId(draw, 0, 0, "environment").seed(seed) >> 32)
 
     return task
 

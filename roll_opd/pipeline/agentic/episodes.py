@@ -167,16 +167,18 @@ class EpisodeRollout:
                 return await self._play(job, draw, sample, queue, alone=attempt > 0)
             except EnvironmentFailedError as error:
                 reason = str(error)
-                self.failures[task.tag] += 1
-                if self.failures[task.tag] <= MOST_LOGGED:
-                    then = "it is played again" if attempt + 1 < ATTEMPTS else "its group is replaced"
-                    logger.warning("episode %d/%d: %s; %s", draw.number, sample, reason, then)
+                then = "it is played again" if attempt + 1 < ATTEMPTS else "its group is replaced"
+                self._failed(task.tag, draw, sample, reason, then)
             except _EpisodeDroppedError as error:
                 reason = str(error)
-                self.failures[task.tag] += 1
-                logger.warning("episode %d/%d: %s; its group is replaced", draw.number, sample, reason)
+                self._failed(task.tag, draw, sample, reason, "its group is replaced")
                 break
         return Sample(draw.number, sample, (), failure=reason)
+
+    def _failed(self, tag: str, draw: Draw, sample: int, reason: str, then: str) -> None:
+        self.failures[tag] += 1
+        if self.failures[tag] <= MOST_LOGGED:
+            logger.warning("episode %d/%d: %s; %s", draw.number, sample, reason, then)
 
     # ---- one episode ---------------------------------------------------------------------------------------------
 
@@ -212,8 +214,7 @@ class EpisodeRollout:
         penalty = self.penalties.get(job.stream, self.penalties["train"])
         # One turn of an episode is asked for at a time, so the episode's name tells requests apart.
         name = TrajectoryId(draw.number, sample, 0, job.stream)
-        queue.episodes += 1
-        try:
+        with queue.joined():
             while True:
                 room = self.max_length - len(conversation.prompt_ids)
                 sampling = replace(job.sampling, max_new_tokens=min(limit, room))
@@ -223,11 +224,7 @@ class EpisodeRollout:
                 if len(result.response_ids) == 0:
                     raise GenerationError(f"an engine returned an empty turn for trajectory {name}")
                 text = conversation.sampled(result.response_ids.tolist())
-                queue.episodes -= 1
-                try:
-                    outcome = await session.step(text)
-                finally:
-                    queue.episodes += 1
+                outcome = await session.step(text)
                 invalid = outcome.info.get("metrics", {}).get("action_is_valid") is False
                 reward = outcome.reward + (penalty if invalid else 0.0)
                 state = str(info.get("state", observation))
@@ -235,13 +232,11 @@ class EpisodeRollout:
                 if outcome.done or len(episode.taken) >= config.max_steps:
                     return episode
                 observation, info = outcome.observation, outcome.info
-                if not self._continue(episode, dialogue, draw.task.tag):
+                if not await self._continue(episode, dialogue, draw.task.tag):
                     episode.cut = True
                     return episode
-        finally:
-            queue.episodes -= 1
 
-    def _continue(self, episode: _Episode, dialogue: Dialogue, tag: str) -> bool:
+    async def _continue(self, episode: _Episode, dialogue: Dialogue, tag: str) -> bool:
         """Put the last outcome before the student; False where the context has no room for another turn."""
         conversation = episode.conversation
         played = [Played(t.observation, _action(t), t.reward) for t in episode.taken]
@@ -255,7 +250,14 @@ class EpisodeRollout:
         shorten = self._shorten[tag]
         if shorten is None:
             return False
-        conversation.start(_checked(shorten([*conversation.messages, *messages]), tag))
+        field = f"custom_envs.{tag}.on_context_full"
+        try:
+            # In a thread: it may ask a model for a summary.
+            shortened = await asyncio.to_thread(shorten, [*conversation.messages, *messages])
+        except Exception as error:
+            # Policy: stop. It is the user's code, and would fail in the next episode too.
+            raise GenerationError(f"{field}: the function failed: {type(error).__name__}: {error}") from error
+        conversation.start(_checked(shortened, field))
         return len(conversation.prompt_ids) < self.max_length
 
     # ---- trajectories --------------------------------------------------------------------------------------------
@@ -263,7 +265,9 @@ class EpisodeRollout:
     def _trajectories(self, episode: _Episode, task: EnvTask, name: TrajectoryId) -> tuple[Trajectory, ...]:
         taken = episode.taken
         last = taken[-1]
-        success = last.outcome.info.get("metrics", {}).get("success", None if last.outcome.terminated else False)
+        told = [t.outcome.info["metrics"]["success"] for t in taken if "success" in t.outcome.info.get("metrics", {})]
+        # An episode that is cut off where the environment tells nothing, behind a tool's answer say, has not succeeded.
+        success = last.outcome.info.get("metrics", {}).get("success", False if told else None)
         score = float(sum(t.reward for t in taken))
         segments = episode.conversation.segments
         assert sum(len(s.spans) for s in segments) == len(taken), f"turns of episode {name} were lost or doubled"
@@ -321,15 +325,18 @@ class EpisodeRollout:
         for scorer, view in self.views.items():
             if not view.covers(task.tag):
                 continue
-            first = next(m["content"] for m in episode.conversation.segments[segment].opening if m["role"] == "user")
+            messages = episode.conversation.segments[segment].opening
+            first = next((m["content"] for m in messages if m["role"] == "user"), "")
             fields = {**plain, "prompt": first, "observation": opening.observation, "tag": task.tag}
             where = f"environment {task.tag!r}, seed {task.seed}"
             ids = episode.conversation.opening_with(segment, render_context(view.template, fields, where))
             if len(ids) > view.max_length:
-                raise DataError(
+                problem = (
                     f"{where}: the prompt of teacher {scorer!r} has {len(ids)} tokens, more than {view.max_length}; "
                     f"raise teacher_args.context_length, or shorten teacher_args.context_template"
                 )
+                # The first prompts are much alike; a later one has a history, whose length nobody could foresee.
+                raise DataError(problem) if segment == 0 else _EpisodeDroppedError(problem)
             contexts[scorer] = ids
         return contexts
 
@@ -346,7 +353,7 @@ def _shortener(tag: str, config: EnvironmentConfig) -> Callable[[Sequence[Messag
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
-def _checked(messages: Any, tag: str) -> list[Message]:
+def _checked(messages: Any, field: str) -> list[Message]:
     """What a function of the user's made of a conversation."""
     whole = isinstance(messages, Sequence) and all(
         isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
@@ -354,7 +361,6 @@ def _checked(messages: Any, tag: str) -> list[Message]:
     )
     if not whole or not messages or messages[-1]["role"] == "assistant":
         raise GenerationError(
-            f"custom_envs.{tag}.on_context_full: the function must return messages (role and content) that end with "
-            f"what the student answers to"
+            f"{field}: the function must return messages (role and content) that end with what the student answers to"
         )
     return [dict(m) for m in messages]

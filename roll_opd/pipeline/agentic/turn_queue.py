@@ -14,7 +14,9 @@ but at most half as long as its last call took: calls of a few turns would cost 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from roll_opd.distributed.strategy.base import GenerateRequest, GenerateResult
@@ -60,6 +62,16 @@ class TurnQueue:
         finally:
             del self._answers[request.id]
             self._waiting.pop(request.id, None)
+
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[None]:
+        """An episode gets its turns here as long as the block runs."""
+        self.episodes += 1
+        try:
+            yield
+        finally:
+            self.episodes -= 1
+            self._came.set()  # whoever waits for all episodes may have them all now
 
     async def run(self) -> None:
         """Hand turns to the engine until cancelled.

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from transformers import AutoTokenizer
 from roll_opd.configs.environment_config import EnvironmentConfig
 from roll_opd.distributed.strategy.base import GenerateRequest, GenerateResult, Sampling
 from roll_opd.environments.base import Opening, Outcome
-from roll_opd.errors import DataError, EnvironmentFailedError, GenerationError
+from roll_opd.errors import DataError, EngineDiedError, EnvironmentFailedError, GenerationError
 from roll_opd.pipeline.agentic.episodes import EnvTask, EpisodeRollout, PrivilegedView
+from roll_opd.pipeline.generation import Generation
 from roll_opd.pipeline.rollout import Draw, Engines, RolloutJob, Sample
 from roll_opd.trajectory import TrajectoryId
 
@@ -273,10 +275,10 @@ def test_members_of_a_group_begin_alike_and_sample_differently(tokenizer) -> Non
 
 
 def test_a_free_engine_waits_for_the_other_episodes(tokenizer) -> None:
-    """Eight episodes of two turns: two calls of eight, sorted; not sixteen of one."""
-    engine = Engine(tokenizer, seconds=0.2)
-    play(rollout(tokenizer, Pool(lambda i: Countdown(2, seconds=0.01)), engine), draws=4, num_samples=2)
-    assert [len(call) for call in engine.calls] == [8, 8]
+    """Eight episodes of three turns whose environments take 10 to 80 ms: three calls of eight, sorted."""
+    engine = Engine(tokenizer, seconds=0.4)
+    play(rollout(tokenizer, Pool(lambda i: Countdown(3, seconds=0.01 * (i + 1))), engine), draws=4, num_samples=2)
+    assert [len(call) for call in engine.calls] == [8, 8, 8]
     assert all([r.id for r in call] == sorted(r.id for r in call) for call in engine.calls)
 
 
@@ -299,6 +301,82 @@ def test_a_broken_engine_ends_the_rollout(tokenizer) -> None:
     with pytest.raises(GenerationError, match="process died"):
         play(rollout(tokenizer, pool, Silent(tokenizer)), draws=2)
     assert pool.open == 0
+
+
+def test_nobody_waits_for_an_episode_that_is_over(tokenizer) -> None:
+    """Seven long episodes and a short one: after its end seven turns are all, and go at once."""
+    engine = Engine(tokenizer, seconds=0.4)
+    began = time.perf_counter()
+    play(rollout(tokenizer, Pool(lambda i: Countdown(1 if i == 3 else 3)), engine), draws=8)
+    assert [len(call) for call in engine.calls] == [8, 7, 7]
+    assert time.perf_counter() - began < 3 * 0.4 + 0.3
+
+
+def test_one_death_of_an_engine_is_one_revival(tokenizer) -> None:
+    """Turns are calls of their own at an engine that takes many at once: all of them lose it, one brings it back."""
+    revived: list[float] = []
+
+    class Mortal:
+        """``worker.generate.options(...).remote(requests)``: dies once, when six calls are under way."""
+
+        def __init__(self) -> None:
+            self.alive, self.calls = True, 0
+            self.generate = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self.remote))
+
+        async def remote(self, requests):
+            self.calls += 1
+            if self.calls == 6:
+                self.alive = False
+            await asyncio.sleep(0.01 * self.calls)
+            if not self.alive:
+                raise EngineDiedError("student_infer: the engine died")
+            for request in requests:
+                yield asyncio.sleep(0, Engine(tokenizer).answer(request))
+
+    worker = Mortal()
+
+    def revive(dead) -> None:
+        assert dead is worker
+        revived.append(time.perf_counter())
+        time.sleep(0.2)
+        worker.alive = True
+
+    generation = Generation(revive, 20.0)
+    player = rollout(
+        tokenizer,
+        Pool(lambda i: Countdown(2, seconds=0.01 * i)),
+        generation,
+        side_by_side=True,  # type: ignore[arg-type]
+    )
+    samples: list[Sample] = []
+    draws = [Draw(i, EnvTask("count", i)) for i in range(8)]
+    asyncio.run(
+        player.run(RolloutJob(draws, 1, SAMPLING, 5, "train", Engines("actor_infer", [worker])), samples.append)
+    )
+    assert len(revived) == 1 and len(samples) == 8 and all(len(s.trajectories[0].turns) == 2 for s in samples)
+
+
+def test_success_that_nobody_tells_is_unknown(tokenizer) -> None:
+    """Neither at its end nor where it is cut; a last turn that tells nothing after others did is no success."""
+
+    class Mute(Countdown):
+        tells: tuple[int, ...] = ()
+
+        async def step(self, action: str) -> Outcome:
+            outcome = await super().step(action)
+            return outcome if self.left in self.tells else dataclasses.replace(outcome, info={})
+
+    class Tells(Mute):
+        tells = (1,)
+
+    def success(make: type[Countdown], start: int) -> bool | None:
+        config = EnvironmentConfig(env_type="x", max_steps=3)
+        return (
+            play(rollout(tokenizer, Pool(lambda i: make(start)), Engine(tokenizer), config))[0].trajectories[0].correct
+        )
+
+    assert success(Mute, 2) is None and success(Mute, 9) is None
+    assert success(Tells, 2) is False and success(Countdown, 2) is True and success(Countdown, 9) is False
 
 
 def view(template: str, limit: int = 400) -> Mapping[str, PrivilegedView]:
