@@ -15,8 +15,8 @@ Keys of ``info`` that mean something, all optional:
 =====================  ===============================================================================================
 ``env_instruction``    at reset: the rules, shown in front of the first observation (``step`` mode: in every turn)
 ``metrics``            numbers and booleans of the turn; ``success`` (of the episode so far) and ``action_is_valid`` are
-                       known to the pipeline, the others are averaged as ``metrics_agg_mode`` says (``mean``, ``sum``,
-                       ``last``, ``max``, ``min``; ``mean`` where it says nothing)
+                       booleans known to the pipeline, the others are averaged as ``metrics_agg_mode`` says (``mean``,
+                       ``sum``, ``last``, ``max``, ``min``; ``mean`` where it says nothing)
 ``action_content``     the move that was found, for histories and pages
 ``state``              text that is equal in equal states; the observation, where it is missing
 ``use_tool``           the observation is a tool's answer, and is shown under the role ``tool``

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,12 +15,15 @@ import numpy as np
 
 from roll_opd.errors import ConfigError
 
+_GLOBALS = threading.Lock()
+"""Held while the process's random generators, or its root logger, are not its own: environments run in threads."""
+
 
 class GEMEnv(gymnasium.Env[str, str]):
     """An environment of GEM, which reads the student's whole text itself.
 
     GEM draws from Python's and NumPy's global generators. Here each environment has their state to itself, so that its
-    episode follows from its seed alone, whatever else runs in its process.
+    episode follows from its seed alone, whatever else of GEM's runs in its process; calls come one after the other.
 
     An episode is a success where GEM says so (``correct``). Where it does not: a question, when its reward is 1; a
     game, when it terminates with a positive reward and is not cut off, since GEM rewards progress there too.
@@ -38,7 +42,8 @@ class GEMEnv(gymnasium.Env[str, str]):
         self._gem = _import_gem()
         self._env_id, self._kwargs = env_id, kwargs
         self._register_bare_name()
-        self._chance: tuple[Any, Any] = random.getstate(), np.random.get_state()
+        with _GLOBALS:
+            self._chance: tuple[Any, Any] = random.getstate(), np.random.get_state()
         self._over = True
         self._env = self._make()
 
@@ -63,15 +68,16 @@ class GEMEnv(gymnasium.Env[str, str]):
 
     @contextmanager
     def _own_chance(self) -> Iterator[None]:
-        outer = random.getstate(), np.random.get_state()
-        random.setstate(self._chance[0])
-        np.random.set_state(self._chance[1])
-        try:
-            yield
-        finally:
-            self._chance = random.getstate(), np.random.get_state()
-            random.setstate(outer[0])
-            np.random.set_state(outer[1])
+        with _GLOBALS:
+            outer = random.getstate(), np.random.get_state()
+            random.setstate(self._chance[0])
+            np.random.set_state(self._chance[1])
+            try:
+                yield
+            finally:
+                self._chance = random.getstate(), np.random.get_state()
+                random.setstate(outer[0])
+                np.random.set_state(outer[1])
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         """Begin the episode of ``seed``."""
@@ -111,6 +117,11 @@ class GEMEnv(gymnasium.Env[str, str]):
 
 
 def _import_gem() -> Any:
+    with _GLOBALS:
+        return _import_quietly()
+
+
+def _import_quietly() -> Any:
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
     try:

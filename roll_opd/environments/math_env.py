@@ -13,13 +13,16 @@ import itertools
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
-from roll_opd.errors import DataError
+from roll_opd.errors import DataError, LaunchError
 from roll_opd.rewards import math_rule_reward_worker as math_rule
 from roll_opd.rewards.process_pool import Outcome, ProcessPool
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # The last line of GSM8K's solutions.
 _GSM8K_ANSWER = re.compile(r"^[ \t]*####[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
@@ -134,9 +137,22 @@ def _info(*, action_is_valid: bool, success: bool, content: str = "") -> dict[st
     }
 
 
+def _one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
+    """``function`` under a lock: before a cache is filled, threads that come together would all do the work."""
+    lock = threading.Lock()
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with lock:
+            return function(*args, **kwargs)
+
+    return call
+
+
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
+@_one_at_a_time
 @functools.lru_cache(maxsize=8)
 def _load_rows(
     name: str, is_file: bool, split: str | None, question_key: str, answer_key: str
@@ -213,19 +229,34 @@ class _BlockingGrader:
     """
 
     def __init__(self) -> None:
-        self._pool = ProcessPool(
-            f"{math_rule.__name__}.{math_rule.grade_math.__name__}",
-            warm_up={"response": r"\boxed{\frac{1}{2}}", "ground_truth": "0.5"},
-        )
+        self._pool = self._new_pool()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="math-grader", daemon=True).start()
 
     def grade(self, response: str, ground_truth: str) -> Outcome:
-        """Compare; what goes wrong with the answer is in the outcome."""
-        call = self._pool.call(response=response, ground_truth=ground_truth)
-        return asyncio.run_coroutine_threadsafe(call, self._loop).result()
+        """Compare; what goes wrong with the answer is in the outcome.
+
+        Raises:
+            LaunchError: no process can be started now; the next call tries again.
+        """
+        pool = self._pool
+        call = pool.call(response=response, ground_truth=ground_truth)
+        try:
+            return asyncio.run_coroutine_threadsafe(call, self._loop).result()
+        except LaunchError:
+            # A pool that could not start a process never tries again, but a busy machine becomes quiet.
+            if self._pool is pool:
+                self._pool = self._new_pool()
+            raise
+
+    def _new_pool(self) -> ProcessPool:
+        return ProcessPool(
+            f"{math_rule.__name__}.{math_rule.grade_math.__name__}",
+            warm_up={"response": r"\boxed{\frac{1}{2}}", "ground_truth": "0.5"},
+        )
 
 
+@_one_at_a_time
 @functools.cache
 def _shared_grader() -> _BlockingGrader:
     return _BlockingGrader()

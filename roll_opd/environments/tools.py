@@ -169,7 +169,8 @@ class ToolEnvironment:
         """Begin an episode of the environment's, with no tool used yet."""
         self._uses = self._successes = 0
         observation, info = self._env.reset(seed=seed, options=options)
-        rules = [str(info.get("env_instruction", ""))]
+        info = info or {}
+        rules = [str(info.get("env_instruction") or "")]
         if self._settings.max_tool_uses:
             rules += [tool.instructions() for tool in self._tools]
         return observation, {**info, "env_instruction": "\n\n".join(rule for rule in rules if rule)}
@@ -182,7 +183,7 @@ class ToolEnvironment:
                 if answer is not None:
                     return self._answered(answer)
         observation, reward, terminated, truncated, info = self._env.step(action)
-        return observation, reward, terminated, truncated, self._counted(info)
+        return observation, reward, terminated, truncated, self._counted(info or {})
 
     def close(self) -> None:
         """Close the environment."""
@@ -202,8 +203,8 @@ class ToolEnvironment:
         counters = {"tool_use_counter": self._uses, "tool_success_counter": self._successes}
         return {
             **info,
-            "metrics": {**info.get("metrics", {}), **counters},
-            "metrics_agg_mode": {**info.get("metrics_agg_mode", {}), **dict.fromkeys(counters, "last")},
+            "metrics": {**(info.get("metrics") or {}), **counters},
+            "metrics_agg_mode": {**(info.get("metrics_agg_mode") or {}), **dict.fromkeys(counters, "last")},
         }
 
 

@@ -92,6 +92,10 @@ class BasePipeline(ABC):
     def probe_batch(self) -> Batch:
         """Sample a few trajectories that training will not see, scored by the teachers."""
 
+    def step_metrics(self) -> dict[str, float]:
+        """What this pipeline reports of a step besides."""
+        return {}
+
     # ---- the loop ------------------------------------------------------------------------------------------------
 
     def at_end(self, close: Callable[[], None]) -> None:
@@ -136,9 +140,7 @@ class BasePipeline(ABC):
         with self.report.phase("preflight"):
             batch = self.probe_batch()
             if not batch.trajectories:
-                found = [
-                    Finding("error", "", f"no sample could be made: {batch.failure}", "samples")
-                ]
+                found = [Finding("error", "", f"no sample could be made: {batch.failure}", "samples")]
             else:
                 self.clusters.turns.take("actor_train")
                 first = self.student.scored(batch.trajectories)
@@ -164,6 +166,7 @@ class BasePipeline(ABC):
         metrics |= self.update(trajectories)
         trajectories = self.with_verdicts(batch, trajectories)
         metrics |= rollout_metrics(trajectories, version=step) | opd_metrics(trajectories)
+        metrics |= self.step_metrics()
         metrics["teacher/failed_requests"] = float(self.clusters.teacher_pool.failures)
         metrics["reward/failed"] = float(self.clusters.reward_pool.failures)
         metrics["rollout/filtered_groups"] = float(batch.filtered_groups)

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 WORK = ("weight_sync", "rollout", "old_logprobs", "values", "advantages", "train")
 """Phases whose time counts in tokens per second."""
+MOST_CLIPPED = 0.5
+"""Share of advantages that `advantage_clip` may cut before a warning says so."""
 
 
 class RunReport:
@@ -127,6 +129,15 @@ class RunReport:
                 "sampling cut off %.3g of the probability mass; log-ratios are still taken between untruncated "
                 "distributions at temperature 1, so they are slightly off the distribution sampled from",
                 self._summary["sampling_cut_off"],
+            )
+        clipped = metrics.get("opd/advantage_clip_fraction", 0.0)
+        if clipped > MOST_CLIPPED and not self.has("advantages_clipped"):
+            self.note("advantages_clipped", clipped)
+            logger.warning(
+                "advantage_clip %g cut %.0f%% of the advantages, so little more than their signs is left; raise it, or "
+                "lower opd_kl_coef",
+                self.config.advantage_clip,
+                100 * clipped,
             )
         if "opd/reverse_kl" in metrics:
             self._summary.setdefault("train_reverse_kl_first", metrics["opd/reverse_kl"])

@@ -141,7 +141,12 @@ class ProgressConsole:
         self._last_time = self._clock()
         self._values |= {column.key: float(metrics[column.key]) for column in self._columns if column.key in metrics}
         known = {column.key for column in self._columns}
-        others = [f"{name} {float(value):.4g}" for name, value in sorted(metrics.items()) if name not in known]
+        # What an environment measures besides is for the trackers: there may be dozens.
+        others = [
+            f"{name} {float(value):.4g}"
+            for name, value in sorted(metrics.items())
+            if name not in known and not name.startswith("val/env/")
+        ]
         logger.info("validation at step %d: %s", step, ", ".join([*self._figures(metrics), *others]))
 
     def steps_begin(self) -> None:

@@ -43,9 +43,7 @@ def test_killed_while_sampling_and_while_taking_weights(
             killed[when] = time.monotonic()
             os.kill(engine_core().pid, signal.SIGKILL)
 
-    def once_a_response_is_there(
-        self: Generation, worker: Any, requests: Any, finished: Callable, left: Any
-    ) -> Any:
+    def once_a_response_is_there(self: Generation, worker: Any, requests: Any, finished: Callable, left: Any) -> Any:
         def and_kill(result: GenerateResult) -> None:
             finished(result)
             if result.id.stream == "train" and int(result.weight_version.min()) == 1:

@@ -91,7 +91,7 @@ def test_environments_of_a_process_do_not_wait_for_each_other(pool, loop) -> Non
     played, seconds = loop.run(play())
     assert [p[0].observation for p in played] == [f"seed {seed}" for seed in range(8)]
     assert all(o.observation == "sleep 0.3" and 0.3 <= o.seconds < 2 for p in played for o in p[1:])
-    assert seconds < 8 * 3 * 0.3 / 2 and pool.seconds > 8 * 3 * 0.3
+    assert seconds < 8 * 3 * 0.3 / 2 and pool.take_counts()["step_seconds"] > 8 * 3 * 0.3
     assert len({p[0].info["pid"] for p in played}) == 1
     # The first one's environment has been reset, and torch has not been imported for any of this.
     assert max(p[0].info["resets"] for p in played) == 2 and not any(p[0].info["torch"] for p in played)
@@ -112,7 +112,8 @@ def test_what_an_environment_does_wrong_fails_its_episode_alone(pool, loop) -> N
         "environment 'good': step returned an observation that is an int, not a string",
     ]
     assert [len(played) for played in failed] == [3] * 4 and [o.reward for o in good[1:]] == [1.0] * 3
-    assert pool.failures == {"crash": 0, "deadline": 0, "error": 2, "unusable": 2}
+    counts = pool.take_counts()
+    assert (counts["failed_crash"], counts["failed_error"], counts["failed_unusable"]) == (0, 2, 2)
     assert processes_of(pool) == before
 
 
@@ -138,10 +139,10 @@ def test_a_process_that_is_killed(pool, loop) -> None:
             await asyncio.sleep(0.05)
         return [stepping[0][-1], stepping[1][-1], caught.value], after
 
-    crashes = pool.failures["crash"]
+    pool.take_counts()
     failed, (after, alone) = loop.run(play())
     assert all("its process env-train-0 died; its log is in logging_dir" in str(error) for error in failed)
-    assert pool.failures["crash"] == crashes + 3
+    assert pool.take_counts()["failed_crash"] == 3
     assert after[1].reward == alone[1].reward == 1.0 and after[0].info["pid"] != alone[0].info["pid"]
     assert processes_of(pool) == [after[0].info["pid"]] and not left_of([alone[0].info["pid"]])
 

@@ -120,6 +120,10 @@ class AgenticPipeline(BasePipeline):
         sampling = replace(sampling, max_new_tokens=min(MAX_NEW_TOKENS, sampling.max_new_tokens))
         return self.stream.validate([self.task_of(d) for d in draws], 1, sampling, self.config.seed, stream=STREAM)
 
+    def step_metrics(self) -> dict[str, float]:
+        """See :class:`~roll_opd.pipeline.base_pipeline.BasePipeline`: what the training environments did."""
+        return {f"env/{name}": value for name, value in self.pools["train"].take_counts().items()}
+
     # ---- validation ----------------------------------------------------------------------------------------------
 
     def validate(self) -> None:

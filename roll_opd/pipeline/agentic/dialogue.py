@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from roll_opd.configs.environment_config import EnvironmentConfig
 from roll_opd.environments.base import Opening, Outcome
@@ -90,3 +91,15 @@ class Dialogue:
             max_response_length=self.max_tokens,
         )
         return [*self._system(), {"role": "user", "content": text}]
+
+
+def context_fields(opening: Opening, first: str, tag: str) -> dict[str, Any]:
+    """What a teacher's ``context_template`` can name.
+
+    Args:
+        opening: what the reset returned; text and numbers of its ``info`` are fields.
+        first: the first user message that the student sees.
+        tag: of the environment.
+    """
+    given = {name: value for name, value in opening.info.items() if isinstance(value, (str, int, float))}
+    return {**given, "prompt": first, "observation": opening.observation, "tag": tag}

@@ -18,13 +18,14 @@ def aggregate(infos: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return each metric of an episode.
 
     Args:
-        infos: of its turns, in order; ``metrics`` and ``metrics_agg_mode`` are read, of which the last one counts.
+        infos: of its turns, in order, as :mod:`~roll_opd.pipeline.agentic.env_worker` passes them; ``metrics`` and
+            ``metrics_agg_mode`` are read, of which the last one counts.
     """
     values: dict[str, list[float]] = {}
     modes: dict[str, str] = {}
     for info in infos:
-        modes |= info.get("metrics_agg_mode") or {}
-        for name, value in (info.get("metrics") or {}).items():
+        modes |= info.get("metrics_agg_mode", {})
+        for name, value in info.get("metrics", {}).items():
             if isinstance(value, (bool, int, float)):
                 values.setdefault(name, []).append(float(value))
-    return {name: MODES.get(modes.get(name, "mean"), MODES["mean"])(seen) for name, seen in values.items()}
+    return {name: MODES[modes.get(name, "mean")](seen) for name, seen in values.items()}

@@ -9,8 +9,9 @@
                           └─► env-<name>-2   one episode that plays alone
 
 A process that hangs can only be ended, and nobody knows what a crash has damaged in it. So either costs all episodes
-that it plays; the next one that needs a slot starts another process. Everything but :meth:`EnvPool.close` belongs to
-one event loop, and nothing in it blocks.
+that it plays; the next one that needs a slot starts another process. Whether an episode that is lost is played again,
+and where, follows from whose fault that was (:func:`next_attempt`). Everything but :meth:`EnvPool.close` belongs to one
+event loop, and nothing in it blocks.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -42,9 +43,42 @@ START_SECONDS = 120.0
 SHUT_DOWN_SECONDS = 2.0
 """Time for environments to close when the run ends."""
 
-FAILURES = ("crash", "deadline", "error", "unusable")
-"""Kinds of failure: the process ended under the episode, the call took too long, the environment raised, or it returned
-what cannot be used."""
+MOST_ALONE = 4
+"""Episodes of a pool that play alone at the same time: each is a process, and a crash may lose hundreds at once."""
+
+Failure = Literal["crash", "deadline", "error", "unusable"]
+"""How an episode was lost: its process ended (by itself, or because another episode in it hung), its own call took too
+long, its environment raised, or returned what cannot be used."""
+
+
+class EpisodeLostError(EnvironmentFailedError):
+    """An episode cannot go on.
+
+    Args:
+        tag: of the environment.
+        reason: what happened, in one line.
+        kind: ``crash`` where it may well be another episode's fault, else it is this one's own.
+    """
+
+    def __init__(self, tag: str, reason: str, kind: Failure) -> None:
+        super().__init__(tag, reason)
+        self.args = (tag, reason, kind)
+        self.kind = kind
+
+
+def next_attempt(lost: Sequence[Failure]) -> Literal["shared", "alone"] | None:
+    """Where an episode is played that has been lost, by how it was lost each time; None: it is given up.
+
+    ==========================  ================================================================================
+    a first loss, by a crash    ``shared``: any process will do. As a rule the fault was another episode's
+    its own fault, or a second  ``alone``: where nobody can harm it, and it harms nobody
+    lost while it was alone     given up
+    ==========================  ================================================================================
+    """
+    if len(lost) == 1:
+        return "shared" if lost[0] == "crash" else "alone"
+    # Behind a first crash the second attempt was shared, so that there is a third.
+    return "alone" if len(lost) == 2 and lost[0] == "crash" else None
 
 
 class EnvProcesses:
@@ -117,11 +151,11 @@ class Session:
         """Take the student's turn.
 
         Raises:
-            EnvironmentFailedError: the episode is lost; leave it.
+            EpisodeLostError: leave the episode.
             RollOPDError: another one that the environment raised; it is meant for the user.
         """
         outcome = await self._pool._call(self._worker, self.tag, "step", self._key, action)
-        self._pool.seconds += outcome.seconds
+        self._pool._count("step_seconds", outcome.seconds)
         return outcome
 
 
@@ -134,11 +168,6 @@ class EnvPool:
         num_envs: episodes that are open at the same time.
         envs_per_worker: episodes that a process hosts; 0: all of them.
         processes: starts and ends processes.
-
-    Attributes:
-        failures: episodes that failed, by the kinds of :data:`FAILURES`. Of a process that is ended because one call in
-            it took too long, that call's episode counts as ``deadline`` and the others as ``crash``.
-        seconds: that steps have taken in their processes, in all.
     """
 
     def __init__(
@@ -153,10 +182,10 @@ class EnvPool:
         self.name = name
         self.environments = environments
         self.processes = processes
-        self.failures = dict.fromkeys(FAILURES, 0)
-        self.seconds = 0.0
+        self._counts = _no_counts()
         self._size = min(envs_per_worker, num_envs) or num_envs
         self._slots = asyncio.Semaphore(num_envs)
+        self._alone = asyncio.Semaphore(MOST_ALONE)
         self._limits = {
             tag: asyncio.Semaphore(config.max_env_step_concurrent)
             for tag, config in environments.items()
@@ -166,7 +195,7 @@ class EnvPool:
         self._keepers: set[asyncio.Task[None]] = set()
         self._workers: list[_Worker] = []
         self._closed = False
-        # close() comes from another thread than everything else.
+        # close() and take_counts() come from another thread than everything else.
         self._lock = threading.Lock()
 
     @contextlib.asynccontextmanager
@@ -179,19 +208,23 @@ class EnvPool:
         Args:
             tag: of the environment.
             seed: of its reset.
-            alone: whether it gets a process of its own, which starts for it and ends with it.
+            alone: whether it gets a process of its own, which starts for it and ends with it. There are at most
+                :data:`MOST_ALONE` of them; a further one waits, without a slot.
 
         Raises:
-            EnvironmentFailedError: the environment failed in its reset.
+            EpisodeLostError: the environment failed in its reset.
             ConfigError, LaunchError: it cannot be made as it is configured, or on this machine.
             WorkerError: the pool has been closed.
         """
-        await self._slots.acquire()
-        try:
+        with contextlib.ExitStack() as claims:
+            if alone:
+                await self._alone.acquire()
+                claims.callback(self._alone.release)
+            await self._slots.acquire()
+            claims.callback(self._slots.release)
             worker = self._claim(alone)
-        except BaseException:
-            self._slots.release()
-            raise
+            # From here on they are the keeper's.
+            claims.pop_all()
         self._episodes += 1
         key, left = self._episodes, asyncio.Event()
         keeper = asyncio.create_task(self._keep(worker, tag, key, left))
@@ -204,6 +237,22 @@ class EnvPool:
             yield Session(tag, opening, self, key, worker)
         finally:
             left.set()
+
+    def take_counts(self) -> dict[str, float]:
+        """What has been counted since the last call; from any thread.
+
+        Returns:
+            ``failed_<kind>``: attempts at episodes that were lost, by :data:`Failure`. Of a process that is ended
+            because one call in it took too long, that call's episode counts as ``deadline`` and the others as
+            ``crash``. ``step_seconds``: that steps have taken in their processes, added up.
+        """
+        with self._lock:
+            counts, self._counts = self._counts, _no_counts()
+        return counts
+
+    def _count(self, name: str, amount: float = 1.0) -> None:
+        with self._lock:
+            self._counts[name] += amount
 
     def close(self) -> None:
         """End all processes, from any thread; a second call does nothing."""
@@ -278,23 +327,23 @@ class EnvPool:
             except RayTaskError as error:
                 cause = user_error(error)
                 if isinstance(cause, EnvironmentFailedError):
-                    kind = "unusable" if isinstance(cause, UnusableAnswerError) else "error"
+                    kind: Failure = "unusable" if isinstance(cause, UnusableAnswerError) else "error"
                     raise self._failed(kind, tag, cause.reason) from error
                 raise cause from error
             except RayError as error:
                 self._end(worker, f"its process {worker.name} died; {_details(error)}")
                 raise self._lost(worker, tag) from error
 
-    def _lost(self, worker: _Worker, tag: str) -> EnvironmentFailedError | WorkerError:
+    def _lost(self, worker: _Worker, tag: str) -> EpisodeLostError | WorkerError:
         """What an episode fails with whose process is gone."""
         return self._failed("crash", tag, worker.ended) if worker.ended is not None else self._is_closed()
 
     def _is_closed(self) -> WorkerError:
         return WorkerError(f"the processes of the {self.name} environments have been ended")
 
-    def _failed(self, kind: str, tag: str, reason: str) -> EnvironmentFailedError:
-        self.failures[kind] += 1
-        return EnvironmentFailedError(tag, reason)
+    def _failed(self, kind: Failure, tag: str, reason: str) -> EpisodeLostError:
+        self._count(f"failed_{kind}")
+        return EpisodeLostError(tag, reason, kind)
 
     # ---- the end of an episode -----------------------------------------------------------------------------------
 
@@ -311,6 +360,7 @@ class EnvPool:
         finally:
             if worker.alone:
                 self._kill(worker)
+                self._alone.release()
             worker.episodes -= 1
             self._slots.release()
 
@@ -327,6 +377,10 @@ class EnvPool:
             )
         except RayError as error:
             self._end(worker, f"its process {worker.name} died; {_details(error)}")
+
+
+def _no_counts() -> dict[str, float]:
+    return dict.fromkeys([*(f"failed_{kind}" for kind in get_args(Failure)), "step_seconds"], 0.0)
 
 
 async def _resolve(ref: Any) -> Any:

@@ -7,10 +7,14 @@ An environment is anybody's code. What leaves this process has been checked, or 
 observation       text that can be encoded
 reward            a finite number of any numeric type; becomes a ``float``
 flags             booleans, NumPy's too
-``info``          a mapping (or None). Text, finite numbers, booleans, None, and lists and mappings of those pass, as
-                  plain Python values; NumPy's scalars are converted; anything else is dropped, and the log says so once
+``info``          a mapping (or None). Text, finite numbers, booleans, and lists and mappings of those pass, as plain
+                  Python values; NumPy's scalars are converted; anything else is dropped, and the log says so once. A
+                  key whose value is None is not there
+``metrics``       in ``info``, as ``metrics_agg_mode``: a mapping. ``success`` and ``action_is_valid`` are booleans, for
+                  which 0 and 1 stand too. A mode that is not known is dropped, and the mean is taken
 an exception      the episode has failed, with type, message and the innermost line; the log has the traceback
-errors of ours    go through as themselves: a `ConfigError` would come again in every episode, so it stops the run
+errors of ours    go through as themselves: a `ConfigError` would come again in every episode, so it stops the run. But
+                  what cannot be started in a step (`LaunchError`) could be before, and costs the episode alone
 ================  ====================================================================================================
 """
 
@@ -21,6 +25,7 @@ import contextlib
 import logging
 import math
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +39,8 @@ from roll_opd.configs.environment_config import EnvironmentConfig
 from roll_opd.environments.base import Opening, Outcome, TextEnvironment
 from roll_opd.environments.registry import make_environment
 from roll_opd.environments.tools import wrap_with_tools
-from roll_opd.errors import EnvironmentFailedError, RollOPDError
+from roll_opd.errors import EnvironmentFailedError, LaunchError, RollOPDError
+from roll_opd.pipeline.agentic.env_metrics import MODES
 from roll_opd.utils.logging import configure_logging, log_file_path
 
 logger = logging.getLogger(__name__)
@@ -204,6 +210,12 @@ class _Hosted:
     def _guarded(self, call: str) -> Iterator[None]:
         try:
             yield
+        except LaunchError as error:
+            if call == "reset":
+                raise
+            # Policy: the episode fails. What starts processes has started one before; now the machine is too busy.
+            logger.warning("environment %r failed in %s", self.tag, call, exc_info=True)
+            raise EnvironmentFailedError(self.tag, f"{call}: {error}") from error
         except RollOPDError:
             raise
         except (Exception, SystemExit) as error:
@@ -239,12 +251,35 @@ class _Hosted:
             return {}
         if not isinstance(info, Mapping):
             raise self._unusable(call, f"returned an `info` that is {_form_of(info)}, not a mapping")
+        given = {key: value for key, value in info.items() if value is not None}
+        for key in ("metrics", "metrics_agg_mode"):
+            if not isinstance(given.get(key, {}), Mapping):
+                raise self._unusable(call, f"returned an `info` whose `{key}` is {_form_of(given[key])}, not a mapping")
+        if "metrics" in given:
+            given["metrics"] = {**given["metrics"], **self._flags(call, given["metrics"])}
         dropped: dict[str, str] = {}
-        kept = _plain(info, "", dropped)
+        kept: dict[str, Any] = _plain(given, "", dropped)
+        modes = kept.get("metrics_agg_mode", {})
+        for name in [name for name, mode in modes.items() if mode not in list(MODES)]:
+            dropped[f"metrics_agg_mode.{name}"] = f"none of {', '.join(MODES)}"
+            del modes[name]
         for path in sorted(dropped.keys() - self._told):
             logger.warning("environment %r: `info` of %s: %s is %s; left out", self.tag, call, path, dropped[path])
         self._told.update(dropped)
         return kept
+
+    def _flags(self, call: str, metrics: Mapping[Any, Any]) -> dict[str, bool | None]:
+        """The metrics that the pipeline reads as booleans."""
+        flags: dict[str, bool | None] = {}
+        for name in ("success", "action_is_valid"):
+            value = metrics.get(name)
+            value = value.item() if isinstance(value, np.generic) else value
+            if value is not None and (not isinstance(value, (bool, int, float)) or value not in (0, 1)):
+                given = value if isinstance(value, (int, float)) else _form_of(value)
+                raise self._unusable(call, f"returned an `info` whose `metrics.{name}` is {given}, not a boolean")
+            if name in metrics:
+                flags[name] = None if value is None else bool(value)
+        return flags
 
 
 _DROPPED = object()
@@ -259,7 +294,7 @@ def _plain(value: Any, path: str, dropped: dict[str, str]) -> Any:
         value = value.item()
     if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, int):
+    if isinstance(value, int) and abs(value) <= sys.float_info.max:
         return int(value)
     if isinstance(value, float) and math.isfinite(value):
         return float(value)
@@ -293,6 +328,8 @@ def _form_of(value: Any) -> str:
         return "None"
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        return "a number beyond all floats"
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)}"
     kind = type(value).__name__

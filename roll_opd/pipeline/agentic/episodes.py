@@ -5,11 +5,11 @@
     draw ──► EnvPool.episode ──► opening ──► prompt ──► TurnQueue ──► the student's tokens ──┐
                   ▲                             ▲                                            ▼
                   │                             └── Conversation.observe ◄── outcome ◄── session.step(text)
-                  └── once more, alone in a fresh process, when the environment failed
+                  └── played again when the environment failed (see env_pool.next_attempt)
 
 The student's tokens are kept as sampled and never tokenised again. Episodes run side by side: while one waits for its
-environment, others sample. An episode whose environment fails twice is reported as failed, and the stream replaces its
-group.
+environment, others sample. An episode whose environment keeps failing is reported as failed, and the stream replaces
+its group.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from roll_opd.datasets.contexts import render_context
 from roll_opd.datasets.conversation import Conversation
 from roll_opd.distributed.strategy.base import GenerateRequest, GenerateResult
 from roll_opd.environments.base import Opening, Outcome
-from roll_opd.errors import DataError, EnvironmentFailedError, GenerationError
-from roll_opd.pipeline.agentic.dialogue import Dialogue, Message, Played
+from roll_opd.errors import DataError, GenerationError
+from roll_opd.pipeline.agentic.dialogue import Dialogue, Message, Played, context_fields
 from roll_opd.pipeline.agentic.env_metrics import aggregate
-from roll_opd.pipeline.agentic.env_pool import EnvPool, Session
+from roll_opd.pipeline.agentic.env_pool import EnvPool, EpisodeLostError, Failure, Session, next_attempt
 from roll_opd.pipeline.agentic.turn_queue import TurnQueue
 from roll_opd.pipeline.generation import Generation, check_sampled
 from roll_opd.pipeline.rollout import Draw, RolloutJob, Sample
@@ -41,8 +41,6 @@ from roll_opd.trajectory import FinishReason, Trajectory, TrajectoryId, Turn
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 2
-"""How often an episode is played when its environment fails."""
 MOST_LOGGED = 5
 """Failures of one environment that are logged one by one; each is counted."""
 
@@ -162,12 +160,16 @@ class EpisodeRollout:
     async def _sample(self, job: RolloutJob, draw: Draw, sample: int, queue: TurnQueue) -> Sample:
         task: EnvTask = draw.task
         reason = ""
-        for attempt in range(ATTEMPTS):
+        lost: list[Failure] = []
+        where: str | None = "shared"
+        while where is not None:
             try:
-                return await self._play(job, draw, sample, queue, alone=attempt > 0)
-            except EnvironmentFailedError as error:
+                return await self._play(job, draw, sample, queue, alone=where == "alone")
+            except EpisodeLostError as error:
                 reason = str(error)
-                then = "it is played again" if attempt + 1 < ATTEMPTS else "its group is replaced"
+                lost.append(error.kind)
+                where = next_attempt(lost)
+                then = "its group is replaced" if where is None else "it is played again"
                 self._failed(task.tag, draw, sample, reason, then)
             except _EpisodeDroppedError as error:
                 reason = str(error)
@@ -179,6 +181,8 @@ class EpisodeRollout:
         self.failures[tag] += 1
         if self.failures[tag] <= MOST_LOGGED:
             logger.warning("episode %d/%d: %s; %s", draw.number, sample, reason, then)
+        if self.failures[tag] == MOST_LOGGED:
+            logger.warning("further failures of environment %r are only counted, see rollout/failed_groups", tag)
 
     # ---- one episode ---------------------------------------------------------------------------------------------
 
@@ -321,13 +325,12 @@ class EpisodeRollout:
     def _contexts(self, episode: _Episode, segment: int, task: EnvTask) -> dict[str, tuple[int, ...]]:
         contexts = {}
         opening = episode.opening
-        plain = {k: v for k, v in opening.info.items() if isinstance(v, (str, int, float))}
         for scorer, view in self.views.items():
             if not view.covers(task.tag):
                 continue
             messages = episode.conversation.segments[segment].opening
             first = next((m["content"] for m in messages if m["role"] == "user"), "")
-            fields = {**plain, "prompt": first, "observation": opening.observation, "tag": task.tag}
+            fields = context_fields(opening, first, task.tag)
             where = f"environment {task.tag!r}, seed {task.seed}"
             ids = episode.conversation.opening_with(segment, render_context(view.template, fields, where))
             if len(ids) > view.max_length:

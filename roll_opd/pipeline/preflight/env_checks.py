@@ -6,12 +6,13 @@ import importlib
 from collections.abc import Iterator
 
 from roll_opd.configs.environment_config import EnvironmentConfig
+from roll_opd.datasets.contexts import render_context
 from roll_opd.datasets.conversation import Conversation
 from roll_opd.datasets.prompts import tokenize
 from roll_opd.environments.base import Opening, Outcome
 from roll_opd.environments.registry import check_env_type
-from roll_opd.errors import ConfigError, RollOPDError
-from roll_opd.pipeline.agentic.dialogue import Dialogue, Played
+from roll_opd.errors import ConfigError, DataError, RollOPDError
+from roll_opd.pipeline.agentic.dialogue import Dialogue, Played, context_fields
 from roll_opd.pipeline.preflight.facts import Facts
 from roll_opd.pipeline.preflight.finding import Check, Finding, failed
 
@@ -79,12 +80,10 @@ def env_prompts(facts: Facts) -> Iterator[Finding]:
 
 
 def _prompts(facts: Facts, tag: str, opening: Opening) -> Iterator[Finding]:
-    config, env, path = facts.agentic, facts.agentic.custom_envs[tag], f"custom_envs.{tag}"
-    sampling, whole = config.actor_infer.generating_args, config.sequence_length
-    assert sampling is not None and whole is not None
-    limits = (env.max_tokens_per_step, sampling.max_new_tokens, config.response_length)
-    turn = min(limit for limit in limits if limit is not None)
-    dialogue = Dialogue(env, opening, turn)
+    whole, env, path = facts.agentic.sequence_length, facts.agentic.custom_envs[tag], f"custom_envs.{tag}"
+    assert whole is not None
+    dialogue = _dialogue(facts, tag, opening)
+    turn = dialogue.max_tokens
     first = _begun(facts, tag, dialogue)
     length = len(first.prompt_ids)
     if length >= whole:
@@ -108,6 +107,30 @@ def _prompts(facts: Facts, tag: str, opening: Opening) -> Iterator[Finding]:
         fix = "raise sequence_length, lower max_tokens_per_step or max_steps, or set on_context_full"
         yield Finding("warning", path, f"{problem} sequence_length = {whole}, where the episode ends; {fix}")
     yield from _history(facts, tag, dialogue, opening)
+    if _has_tools(env):
+        yield from _tool_answers(facts, tag, dialogue)
+
+
+def _dialogue(facts: Facts, tag: str, opening: Opening) -> Dialogue:
+    config, env = facts.agentic, facts.agentic.custom_envs[tag]
+    sampling = config.actor_infer.generating_args
+    assert sampling is not None
+    limits = (env.max_tokens_per_step, sampling.max_new_tokens, config.response_length)
+    return Dialogue(env, opening, min(limit for limit in limits if limit is not None))
+
+
+def _has_tools(env: EnvironmentConfig) -> bool:
+    """Whether answers of tools come under a role of their own, as far as the config tells."""
+    wrapper = env.tool_wrapper
+    wrapped = wrapper is not None and bool(wrapper.tool_configs) and wrapper.wrapper_args.max_tool_uses > 0
+    return wrapped or env.env_type == "mcp"
+
+
+def _tool_answers(facts: Facts, tag: str, dialogue: Dialogue) -> Iterator[Finding]:
+    try:
+        _after_a_turn(facts, tag, dialogue, PLAIN_TURN).observe([{"role": "tool", "content": "x"}])
+    except DataError as error:
+        yield failed(DataError(f"{error}. Or set episode_mode: step, where they stand in the user message"))
 
 
 def _history(facts: Facts, tag: str, dialogue: Dialogue, opening: Opening) -> Iterator[Finding]:
@@ -123,9 +146,7 @@ def _history(facts: Facts, tag: str, dialogue: Dialogue, opening: Opening) -> It
 
 def _rewrites(facts: Facts, tag: str, dialogue: Dialogue, opening: Opening, text: str) -> tuple[bool, int]:
     """Whether the template rewrites a turn that says ``text``, and how many tokens come between it and the next."""
-    conversation = _begun(facts, tag, dialogue, split=True)
-    (ids,) = tokenize([text], facts.tokenizer, add_special_tokens=False)
-    conversation.sampled([*ids, min(facts.vocabulary.stop_ids)] if facts.vocabulary.stop_ids else ids)
+    conversation = _after_a_turn(facts, tag, dialogue, text, split=True)
     seen = len(conversation.prompt_ids)
     rewritten = conversation.observe(dialogue.following(_like(opening), [Played(opening.observation, text, 0.0)]))
     return rewritten, max(0, len(conversation.prompt_ids) - seen)
@@ -145,9 +166,54 @@ def _begun(facts: Facts, tag: str, dialogue: Dialogue, split: bool = False) -> C
     return conversation
 
 
+def _after_a_turn(facts: Facts, tag: str, dialogue: Dialogue, text: str, split: bool = False) -> Conversation:
+    conversation = _begun(facts, tag, dialogue, split)
+    (ids,) = tokenize([text], facts.tokenizer, add_special_tokens=False)
+    conversation.sampled([*ids, min(facts.vocabulary.stop_ids)] if facts.vocabulary.stop_ids else ids)
+    return conversation
+
+
 def _like(opening: Opening) -> Outcome:
     """An outcome that shows what the opening shows, for want of a played turn."""
     return Outcome(opening.observation, 0.0, terminated=False, truncated=False)
+
+
+def env_contexts(facts: Facts) -> Iterator[Finding]:
+    """What a teacher sees in place of the first user message can be written for each environment, and fits."""
+    for name, teacher in facts.config.teachers.items():
+        template = teacher.teacher_args.context_template
+        for tag, opened in facts.openings.items():
+            if template is None or not isinstance(opened, Opening) or tag not in (teacher.tag_included or [tag]):
+                continue
+            field = f"{facts.loaded.teacher_yaml_name(name)}.teacher_args.context_template"
+            try:
+                length, most = _context_length(facts, tag, opened, template), facts.agentic.context_length(teacher)
+            except RollOPDError as error:
+                yield failed(ConfigError(field, str(error)))
+                continue
+            told = f"the prompt of teacher {name!r} in environment {tag!r} has {length} tokens"
+            if length > most:
+                fix = "raise teacher_args.context_length, or shorten teacher_args.context_template"
+                yield failed(ConfigError(field, f"{told}, more than {most}; {fix}"))
+            else:
+                yield Finding("ok", field, told)
+
+
+def _context_length(facts: Facts, tag: str, opening: Opening, template: str) -> int:
+    dialogue = _dialogue(facts, tag, opening)
+    first = next(message["content"] for message in dialogue.first() if message["role"] == "user")
+    text = render_context(template, context_fields(opening, first, tag), f"environment {tag!r}")
+    return len(_after_a_turn(facts, tag, dialogue, PLAIN_TURN).opening_with(0, text))
+
+
+def env_penalties(facts: Facts) -> Iterator[Finding]:
+    """A turn without a valid action is not punished twice."""
+    config = facts.agentic
+    for name, manager in (("train_env_manager", config.train_env_manager), ("val_env_manager", config.val_env_manager)):
+        for tag in manager.tags if manager.format_penalty else ():
+            if own := config.custom_envs[tag].env_config.get("format_penalty"):
+                problem = f"is added to custom_envs.{tag}.env_config.format_penalty = {own}; set one of the two"
+                yield Finding("warning", f"{name}.format_penalty", f"{manager.format_penalty} {problem}")
 
 
 def env_tags(facts: Facts) -> Iterator[Finding]:
@@ -171,5 +237,7 @@ ENV_CHECKS: tuple[Check[Facts], ...] = (
     Check("environments", env_types, always=True),
     Check("environments", envs_begin),
     Check("environments", env_prompts),
+    Check("environments", env_contexts),
+    Check("environments", env_penalties),
     Check("environments", env_tags),
 )

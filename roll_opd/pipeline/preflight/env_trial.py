@@ -27,7 +27,7 @@ from roll_opd.configs.builder import Builder
 from roll_opd.configs.environment_config import EnvironmentConfig
 from roll_opd.environments.base import Opening
 from roll_opd.environments.registry import check_env_type
-from roll_opd.errors import ConfigError, EnvironmentFailedError
+from roll_opd.errors import ConfigError, EnvironmentFailedError, RollOPDError
 from roll_opd.pipeline.agentic.env_worker import EnvWorker
 from roll_opd.rewards.killable_process import KillableProcess
 
@@ -100,6 +100,8 @@ def answer_to(request: Mapping[str, Any]) -> dict[str, Any]:
         return {"field": error.field, "problem": error.problem}
     except EnvironmentFailedError as error:
         return {"reason": error.reason}
+    except RollOPDError as error:
+        return {"reason": str(error)}
     if len(opening.observation) > LONGEST:
         return {"reason": f"its first observation has {len(opening.observation)} characters, which no context holds"}
     return {"observation": opening.observation, "info": dict(opening.info)}

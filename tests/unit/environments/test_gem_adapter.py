@@ -7,7 +7,9 @@ import logging
 import random
 import re
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import gymnasium
@@ -132,6 +134,35 @@ def test_an_episode_follows_from_its_seed_whatever_runs_beside_it():
     alone = play(beside=False)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == expected, "GEM drew from our generator"
     assert play(beside=True) == alone
+
+
+class Draws:
+    """Draws twice in a step, with time between for others to draw."""
+
+    def reset(self, seed: int) -> tuple[str, dict[str, Any]]:
+        random.seed(seed)
+        np.random.seed(seed)
+        return "", {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        first = random.random(), np.random.random()
+        time.sleep(0.005)
+        return str((first, random.random(), np.random.random())), 0.0, False, False, {}
+
+
+@needs_gem
+def test_episodes_in_threads_do_not_draw_from_each_others_generators():
+    def play(seed: int) -> list[str]:
+        env = GEMEnv("game:GuessTheNumber-v0-easy")
+        env._env = Draws()
+        env.reset(seed=seed)
+        return [env.step("")[0] for _ in range(5)]
+
+    alone = [play(seed) for seed in range(4)]
+    expected = random.getstate(), np.random.get_state()[1].tolist()
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(play, range(4))) == alone
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == expected
 
 
 @needs_gem

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -11,7 +12,8 @@ from roll_opd.configs.environment_config import ToolWrapperArguments
 from roll_opd.environments import math_env
 from roll_opd.environments.math_env import MathEnv, find_answer
 from roll_opd.environments.tools import PythonCodeTool, ToolEnvironment
-from roll_opd.errors import DataError
+from roll_opd.errors import DataError, LaunchError
+from roll_opd.rewards.process_pool import ProcessPool
 
 ROWS = [
     {"problem": "What is 17 * 23?", "answer": "391"},
@@ -109,6 +111,29 @@ def test_a_hostile_answer_is_wrong_and_the_next_one_is_graded(file, monkeypatch)
     assert (reward, terminated, info["metrics"]["grading_failed"]) == (0.0, True, True)
     env.reset(seed=1)
     assert env.step(r"\boxed{\frac{6}{8}}")[1] == 1.0
+
+
+def test_threads_that_come_together_load_once(file, monkeypatch):
+    read, loads = math_env._read, []
+
+    def slowly(*arguments):
+        loads.append(arguments)
+        time.sleep(0.05)
+        return read(*arguments)
+
+    monkeypatch.setattr(math_env, "_read", slowly)
+    with ThreadPoolExecutor(8) as threads:
+        envs = list(threads.map(lambda _: MathEnv(file_name=file), range(8)))
+    assert len(loads) == 1 and all(env._rows is envs[0]._rows for env in envs)
+
+
+def test_a_grader_that_cannot_start_is_tried_again_by_the_next_answer(monkeypatch):
+    grader, working = math_env._BlockingGrader(), math_env._shared_grader()._pool
+    monkeypatch.setattr(grader, "_pool", ProcessPool("roll_opd.no_such_module.grade"))
+    monkeypatch.setattr(grader, "_new_pool", lambda: working)
+    with pytest.raises(LaunchError, match="cannot start"):
+        grader.grade("", "")
+    assert grader._pool is working
 
 
 def calculator_policy(observation, instruction):

@@ -169,6 +169,7 @@ def test_a_server_that_dies_or_hangs_fails_at_once_and_leaves_nothing(env: MCPEn
     hung = process_of_server(env)
     assert hung != dead
     monkeypatch.setattr(env._server, "_timeout", 0.2)
+    monkeypatch.setattr("mcp.client.stdio.PROCESS_TERMINATION_TIMEOUT", 0.2)
     with pytest.raises(TimeoutError, match=r"'hang' within 0\.2 s"):
         env.step(call("hang"))
     assert has_ended(dead) and has_ended(hung)

@@ -115,6 +115,23 @@ def test_an_episode_with_tools():
     assert inner.closed
 
 
+class Mute(Echo):
+    """Tells nothing in `info`."""
+
+    def reset(self, *, seed=None, options=None):
+        return "question", None
+
+    def step(self, action):
+        return "heard", 1.0, False, False, None if action == "no info" else {"metrics": None, "metrics_agg_mode": None}
+
+
+def test_an_environment_that_tells_nothing():
+    env = ToolEnvironment(Mute(), [Adder()], ToolWrapperArguments())
+    assert env.reset(seed=0)[1] == {"env_instruction": "Write add a b."}
+    for action in ("no info", "no metrics"):
+        assert env.step(action)[4]["metrics"] == {"tool_use_counter": 0, "tool_success_counter": 0}
+
+
 def test_calls_are_limited():
     inner = Echo()
     env = ToolEnvironment(inner, [Adder()], ToolWrapperArguments(max_tool_uses=2))

@@ -172,6 +172,71 @@ def test_templates_that_rewrite(template: str, settings: dict[str, Any], words: 
     assert words in told
 
 
+TOOLS = {"tool_wrapper": {"tool_configs": [{"tool_id": "python_code"}]}}
+SILENT = THOUGHTLESS.replace("<|im_start|>", "{% if m.role != 'tool' %}<|im_start|>", 1).replace(
+    "{% endfor", "{% endif %}{% endfor"
+)
+STRICT = THOUGHTLESS.replace(
+    "<|im_start|>", "{% if m.role == 'tool' %}{{ raise_exception('no tool') }}{% endif %}<|im_start|>", 1
+)
+
+
+@pytest.mark.parametrize("template", [SILENT, STRICT])
+@pytest.mark.parametrize("settings", [TOOLS, {"env_type": "mcp"}])
+def test_a_template_without_the_role_of_tools(settings: dict[str, Any], template: str) -> None:
+    def errors(**more: Any) -> list[tuple[str, str]]:
+        found = facts({"Lake": OPENING}, **lake(**more))
+        found.tokenizer.chat_template = template
+        return [(f.field, f.message) for f in look(found) if f.level != "ok"]
+
+    assert errors() == errors(**settings, episode_mode="step", history_length=0) == []
+    ((field, message),) = errors(**settings)
+    assert field == "custom_envs.Lake" and "episode_mode: step" in message and "tool" in message
+    assert problems(look(facts({"Lake": OPENING}, **lake(**settings)))) == []
+
+
+@pytest.mark.parametrize(
+    ("template", "settings", "error"),
+    [
+        ("{{ prompt }} {{ tag }} {{ observation }} {{ hint }}", {}, ""),
+        ("{{ prompt }} {{ solution }}", {}, "environment 'Lake': the context template uses a field"),
+        (
+            "{{ prompt }}{% for _ in range(100) %} ice{% endfor %}",
+            {"context_length": 60},
+            "more than 60; raise",
+        ),
+        ("{{ solution }}", {"tag_included": ["Pond"]}, ""),
+    ],
+)
+def test_what_a_teacher_with_a_view_of_its_own_sees(template: str, settings: dict[str, Any], error: str) -> None:
+    tags = settings.pop("tag_included", ["Lake"])
+    teacher = {
+        "model_args": {"model_name_or_path": str(STUDENT)},
+        "tag_included": tags,
+        "teacher_args": {"context_template": template, **settings},
+    }
+    opening = Opening(OPENING.observation, {**OPENING.info, "hint": "left", "path": [1]})
+    envs = {name: {"env_type": "frozen_lake", "max_steps": 4} for name in ("Lake", "Pond")}
+    found = facts(
+        {"Lake": opening}, custom_envs=envs, train_env_manager={"num_env_groups": 2, "tags": list(envs)},
+        teacher=teacher, opd_args={"uncovered": "skip"}, is_pure_opd=False, use_opd=True,
+    )  # fmt: skip
+    told = list(env_checks.env_contexts(found))
+    assert [f.field for f in told] == ["teacher.teacher_args.context_template"] * (tags == ["Lake"])
+    assert [f.level for f in told] == (["error"] if error else ["ok"] * (tags == ["Lake"]))
+    assert all(error in f.message for f in told)
+
+
+def test_a_penalty_that_is_given_twice() -> None:
+    def warnings(own: float, managers: float) -> list[tuple[str, str]]:
+        manager = {"num_env_groups": 2, "tags": ["Lake"], "format_penalty": managers}
+        settings = lake(env_config={"format_penalty": own})
+        return [(f.level, f.field) for f in env_checks.env_penalties(facts({}, train_env_manager=manager, **settings))]
+
+    assert warnings(-0.1, -0.2) == [("warning", "train_env_manager.format_penalty")]
+    assert warnings(-0.1, 0) == warnings(0, -0.2) == []
+
+
 def test_a_tokenizer_without_a_template() -> None:
     found = facts({"Lake": OPENING})
     found.tokenizer.chat_template = None
@@ -186,14 +251,15 @@ def test_validation_without_environments() -> None:
 def test_trials_in_processes_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "trial_environments.py").write_text(ENVIRONMENTS)
     monkeypatch.syspath_prepend(tmp_path)
-    names = {"Well": {"size": {1: "one\ntwo"}}, "Hangs": {}, "Dies": {}, "Picture": {}, "Odd": {"sise": 2}}
+    names = {"Well": {"size": {1: "one\ntwo"}}, "Hangs": {}, "Dies": {}, "Picture": {}, "Odd": {"sise": 2}, "Lost": {}}
     envs = {
         name: {"env_type": f"trial_environments.{name if name != 'Odd' else 'Well'}", "env_config": arguments}
         for name, arguments in names.items()
     }
+    envs["Lost"] = {"env_type": "math", "env_config": {"file_name": "nowhere.jsonl"}}
     envs["Hangs"]["reset_timeout"] = 0.1
-    manager = {"num_env_groups": 5, "tags": list(envs), "system_envs": {"LAKE": 7}}
-    config = facts({}, custom_envs=envs, train_env_manager=manager, rollout_batch_size=5).config
+    manager = {"num_env_groups": 6, "tags": list(envs), "system_envs": {"LAKE": 7}}
+    config = facts({}, custom_envs=envs, train_env_manager=manager, rollout_batch_size=6).config
     assert isinstance(config, AgenticConfig)
     opened = env_trial.open_environments(config)
     assert opened["Well"] == Opening(r"map 42 of {1: 'one\ntwo'} 7", {"hint": "left"})
@@ -201,3 +267,4 @@ def test_trials_in_processes_of_their_own(tmp_path: Path, monkeypatch: pytest.Mo
     assert "ended with exit code 3" in str(opened["Dies"])
     assert "an observation that is a bytes, not a string" in str(opened["Picture"])
     assert isinstance(opened["Odd"], ConfigError) and opened["Odd"].field == "custom_envs.Odd.env_config.sise"
+    assert "nowhere.jsonl: data file not found" in str(opened["Lost"])

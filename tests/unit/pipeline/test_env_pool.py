@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -13,10 +14,11 @@ from ray.exceptions import RayActorError, RayTaskError
 from roll_opd.configs.environment_config import EnvironmentConfig
 from roll_opd.environments.base import Opening, Outcome
 from roll_opd.errors import ConfigError, EnvironmentFailedError, WorkerError
-from roll_opd.pipeline.agentic.env_pool import EnvPool
+from roll_opd.pipeline.agentic.env_pool import EnvPool, EpisodeLostError, next_attempt
 from roll_opd.pipeline.agentic.env_worker import UnusableAnswerError
 
 QUICK = EnvironmentConfig(env_type="any", reset_timeout=0.2, step_timeout=0.2)
+NONE_FAILED = dict.fromkeys(["failed_crash", "failed_deadline", "failed_error", "failed_unusable", "step_seconds"], 0.0)
 PATIENT = EnvironmentConfig(env_type="any", reset_timeout=20, step_timeout=20)
 
 
@@ -195,6 +197,72 @@ def test_an_episode_alone_takes_a_slot_and_has_a_process_until_its_end(fakes) ->
     asyncio.run(run())
 
 
+def test_only_a_few_processes_are_for_one_episode_each(fakes) -> None:
+    async def run() -> None:
+        processes = Processes(fakes)
+        held = Held(pool_of(processes, num_envs=6))
+        await held.begin(*range(6), alone=True)
+        assert held.order == [0, 1, 2, 3] and len(processes.started) == 4
+        # Those that wait for one hold no slot.
+        await held.begin(10, 11, 12)
+        assert held.order == [0, 1, 2, 3, 10, 11] and [p.size for p in processes.started] == [1, 1, 1, 1, 6]
+        # One that gives up waiting leaves its turn to the next.
+        held.tasks[4].cancel()
+        await held.end(10, 11, 12, 0)
+        assert held.order == [0, 1, 2, 3, 10, 11, 12, 5] and len(processes.started) - len(processes.killed) == 5
+        await held.end(1, 2, 3, 5)
+        assert len(processes.killed) == 5
+
+    asyncio.run(run())
+
+
+def test_where_an_episode_is_played_again() -> None:
+    # Those who met another's crash share a process; whoever is at fault, or crashes again, plays alone, and once.
+    assert next_attempt(["crash"]) == "shared"
+    assert next_attempt(["crash", "crash"]) == next_attempt(["crash", "error"]) == "alone"
+    assert next_attempt(["crash", "crash", "crash"]) is None
+    for kind in ("deadline", "error", "unusable"):
+        assert next_attempt([kind]) == "alone"
+        assert next_attempt([kind, "crash"]) is next_attempt([kind, kind]) is None
+
+
+def test_a_crash_starts_no_process_for_each_of_its_episodes(fakes) -> None:
+    async def step(action: str) -> None:
+        await asyncio.Event().wait()
+
+    async def run() -> None:
+        processes = Processes(fakes, step)
+        pool = pool_of(processes, num_envs=32)
+        attempts: list[str] = []
+
+        async def episode(seed: int) -> None:
+            lost: list[Any] = []
+            where: str | None = "shared"
+            while where is not None:
+                attempts.append(where)
+                try:
+                    async with pool.episode("t", seed, alone=where == "alone") as session:
+                        await session.step("wait")
+                except EpisodeLostError as error:
+                    lost.append(error.kind)
+                    where = next_attempt(lost)
+
+        tasks = [asyncio.create_task(episode(seed)) for seed in range(32)]
+        for alive in (1, 1, 4):
+            await settle()
+            now = [p for p in processes.started if not p.gone.is_set()]
+            assert len(now) == alive
+            now[0].gone.set()
+        await settle()
+        # 32 first attempts, and again together; then one by one, of which one is over and four are played.
+        assert attempts.count("shared") == 64 and len(processes.started) == 2 + 5
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(run())
+
+
 def test_a_step_beyond_its_deadline_costs_all_that_its_process_plays(fakes) -> None:
     async def step(action: str) -> None:
         if action == "hang":
@@ -226,8 +294,10 @@ def test_a_step_beyond_its_deadline_costs_all_that_its_process_plays(fakes) -> N
             "played",
         ]
         assert processes.killed == [processes.started[0]]
-        assert pool.failures == {"crash": 1, "deadline": 1, "error": 0, "unusable": 0}
-        assert pool.seconds == 0.25 * 4
+        counts = pool.take_counts()
+        assert counts == NONE_FAILED | {"failed_crash": 1, "failed_deadline": 1, "step_seconds": 0.25 * 4}
+        # Counted from call to call.
+        assert pool.take_counts() == NONE_FAILED
         assert await episode("t", 3, "go") == "played" and len(processes.started) == 2
         # The name of the ended one is free again.
         await Held(pool).begin(4, 5, 6)
@@ -240,10 +310,11 @@ def test_a_reset_beyond_its_deadline(fakes) -> None:
     async def run() -> None:
         processes = Processes(fakes)
         pool = pool_of(processes, t=QUICK)
-        with pytest.raises(EnvironmentFailedError, match=r"took longer than reset_timeout \(0.2 s\)"):
+        with pytest.raises(EpisodeLostError, match=r"took longer than reset_timeout \(0.2 s\)") as caught:
             async with pool.episode("t", -1):
                 pytest.fail("there is no opening")
-        assert pool.failures["deadline"] == 1 and processes.killed == processes.started
+        assert caught.value.kind == "deadline"
+        assert pool.take_counts()["failed_deadline"] == 1 and processes.killed == processes.started
 
     asyncio.run(run())
 
@@ -266,10 +337,11 @@ def test_a_process_that_dies_takes_its_episodes_along_and_no_others(fakes) -> No
         await settle()
         for task in tasks[:2]:
             with pytest.raises(
-                EnvironmentFailedError, match=r"its process env-train-0 died; its log is in logging_dir"
-            ):
+                EpisodeLostError, match=r"its process env-train-0 died; its log is in logging_dir"
+            ) as caught:
                 task.result()
-        assert not tasks[2].done() and pool.failures["crash"] == 2
+            assert caught.value.kind == "crash"
+        assert not tasks[2].done() and pool.take_counts()["failed_crash"] == 2
         # Four slots: all but the living one are free.
         held = Held(pool)
         await held.begin(7, 8, 9)
@@ -299,7 +371,7 @@ def test_a_process_that_does_not_start(fakes, monkeypatch, hangs) -> None:
 
         results = await asyncio.gather(episode(), episode(), return_exceptions=True)
         assert all("its process env-train-0 did not start" in str(result) for result in results)
-        assert pool.failures["crash"] == 2 and processes.killed == processes.started
+        assert pool.take_counts()["failed_crash"] == 2 and processes.killed == processes.started
 
     asyncio.run(run())
 
@@ -317,12 +389,13 @@ def test_what_an_environment_does_wrong_costs_its_episode_alone(fakes, error, ki
         processes = Processes(fakes, step)
         pool = pool_of(processes)
         async with pool.episode("t", 0) as other:
-            with pytest.raises(EnvironmentFailedError) as caught:
+            with pytest.raises(EpisodeLostError) as caught:
                 async with pool.episode("t", 1) as session:
                     await session.step("fail")
-            assert type(caught.value) is EnvironmentFailedError and str(caught.value) == str(error)
+            assert (caught.value.kind, str(caught.value)) == (kind, str(error))
+            assert copy.copy(caught.value).kind == kind
             assert (await other.step("go")).observation == "go"
-        assert pool.failures == {"crash": 0, "deadline": 0, "error": 0, "unusable": 0} | {kind: 1}
+        assert pool.take_counts() == NONE_FAILED | {f"failed_{kind}": 1, "step_seconds": 0.25}
         assert not processes.killed
 
     asyncio.run(run())
@@ -338,7 +411,7 @@ def test_a_config_error_stops_the_run_as_itself(fakes) -> None:
             async with pool.episode("t", 0) as session:
                 await session.step("go")
         assert type(caught.value) is ConfigError and caught.value.field == "custom_envs.t.env_config"
-        assert sum(pool.failures.values()) == 0
+        assert pool.take_counts() == NONE_FAILED
 
     asyncio.run(run())
 
@@ -430,7 +503,7 @@ def test_close_ends_all_processes_once_and_for_all(fakes) -> None:
         with pytest.raises(WorkerError, match="the processes of the train environments have been ended"):
             async with pool.episode("t", 2):
                 pytest.fail("there is no process")
-        assert len(processes.started) == 2 and sum(pool.failures.values()) == 0
+        assert len(processes.started) == 2 and pool.take_counts() == NONE_FAILED
 
     asyncio.run(run())
 
@@ -450,6 +523,6 @@ def test_a_call_that_close_interrupts_is_no_failure_of_the_environment(fakes) ->
         processes.started[0].gone.set()
         with pytest.raises(WorkerError):
             await task
-        assert sum(pool.failures.values()) == 0
+        assert pool.take_counts() == NONE_FAILED
 
     asyncio.run(run())

@@ -14,8 +14,9 @@ import pytest
 
 from roll_opd.configs.environment_config import EnvironmentConfig
 from roll_opd.environments.base import Opening, Outcome
-from roll_opd.errors import ConfigError, EnvironmentFailedError
+from roll_opd.errors import ConfigError, EnvironmentFailedError, LaunchError
 from roll_opd.pipeline.agentic import env_worker
+from roll_opd.pipeline.agentic.env_metrics import aggregate
 from roll_opd.pipeline.agentic.env_worker import EnvWorker, UnusableAnswerError
 
 CONFIG = EnvironmentConfig(env_type="any")
@@ -120,6 +121,29 @@ def test_what_is_no_plain_value_is_left_out_and_named_once(worker_of, caplog) ->
     ]  # fmt: skip
 
 
+def test_metrics_that_the_pipeline_reads_are_what_it_expects(worker_of, caplog) -> None:
+    infos = [
+        {"metrics": {"success": 1, "action_is_valid": np.float32(0), "moves": np.int8(3)}, "metrics_agg_mode": None},
+        {"metrics": None, "state": None, "metrics_agg_mode": {"moves": "median", "far": ["sum"], "success": "last"}},
+        {"metrics": {"success": None, "far": 10**400}},
+    ]
+    envs = [Scripted(("go", infos[0]), ("ok", 1, False, False, info)) for info in infos[1:]]
+    with caplog.at_level(logging.WARNING):
+        opening, second = play(worker_of(envs[0]), "a")
+        _, third = play(worker_of(envs[1]), "a")
+    metrics = {"success": True, "action_is_valid": False, "moves": 3}
+    assert opening.info == {"metrics": metrics} and opening.info["metrics"]["success"] is True
+    assert opening.info["metrics"]["action_is_valid"] is False
+    assert second.info == {"metrics_agg_mode": {"success": "last"}} and third.info == {"metrics": {"success": None}}
+    told = [r.getMessage().split(": ", 2)[2] for r in caplog.records]
+    known = "none of mean, sum, last, max, min; left out"
+    assert told == [
+        f"metrics_agg_mode.far is {known}", f"metrics_agg_mode.moves is {known}",
+        "metrics.far is a number beyond all floats; left out",
+    ]  # fmt: skip
+    assert aggregate([opening.info, second.info, third.info]) == {"success": 1, "action_is_valid": 0, "moves": 3}
+
+
 NOT_FINITE = "returned a reward that is no finite number"
 
 
@@ -137,6 +161,14 @@ NOT_FINITE = "returned a reward that is no finite number"
         (("ok", 1.0, 1, False, {}), "step returned a `terminated` that is an int, not a boolean"),
         (("ok", 1.0, False, None, {}), "step returned a `truncated` that is None, not a boolean"),
         (("ok", 1.0, False, False, [1]), "step returned an `info` that is a list of 1, not a mapping"),
+        (("ok", 1.0, False, False, {"metrics": [1]}), "step returned an `info` whose `metrics` is a list of 1, not a "
+         "mapping"),
+        (("ok", 1.0, False, False, {"metrics_agg_mode": "mean"}), "step returned an `info` whose `metrics_agg_mode` is "
+         "a str, not a mapping"),
+        (("ok", 1.0, False, False, {"metrics": {"success": "no"}}), "step returned an `info` whose `metrics.success` "
+         "is a str, not a boolean"),
+        (("ok", 1.0, False, False, {"metrics": {"action_is_valid": 0.5}}), "step returned an `info` whose "
+         "`metrics.action_is_valid` is 0.5, not a boolean"),
         (("ok", 1.0, False, {}), "step returned a tuple of 4, not observation, reward, terminated, truncated and "
          "`info`"),
     ],
@@ -197,6 +229,15 @@ def test_a_config_error_goes_through(worker_of) -> None:
     with pytest.raises(ConfigError) as caught:
         play(worker_of(refusal))
     assert caught.value is refusal
+
+
+def test_what_cannot_be_started_stops_the_run_at_a_reset_and_costs_an_episode_in_a_step(worker_of) -> None:
+    busy = LaunchError("namespaces: not ready after 10 s")
+    with pytest.raises(LaunchError):
+        play(worker_of(Scripted(opening=busy)))
+    with pytest.raises(EnvironmentFailedError) as caught:
+        play(worker_of(Scripted(answer=busy)), "a")
+    assert caught.value.reason == "step: namespaces: not ready after 10 s"
 
 
 def test_an_environment_is_reset_for_the_next_episode_of_its_tag_alone(worker_of) -> None:

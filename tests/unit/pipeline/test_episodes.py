@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 from roll_opd.configs.environment_config import EnvironmentConfig
 from roll_opd.distributed.strategy.base import GenerateRequest, GenerateResult, Sampling
 from roll_opd.environments.base import Opening, Outcome
-from roll_opd.errors import DataError, EngineDiedError, EnvironmentFailedError, GenerationError
+from roll_opd.errors import DataError, EngineDiedError, GenerationError
+from roll_opd.pipeline.agentic.env_pool import EpisodeLostError
 from roll_opd.pipeline.agentic.episodes import EnvTask, EpisodeRollout, PrivilegedView
 from roll_opd.pipeline.generation import Generation
 from roll_opd.pipeline.rollout import Draw, Engines, RolloutJob, Sample
@@ -57,7 +58,7 @@ class Broken(Countdown):
 
     async def step(self, action: str) -> Outcome:
         if self.left == 2:
-            raise EnvironmentFailedError("count", "it broke")
+            raise EpisodeLostError("count", "it broke", "error")
         return await super().step(action)
 
 
