@@ -21,7 +21,7 @@ EXAMPLE = REPO / "examples" / "quickstart_agentic"
 
 
 def test_quickstart_agentic_learns(run, tmp_path: Path) -> None:
-    finished = run(tmp_path / "run", example=EXAMPLE, seed=1)
+    finished = run(tmp_path / "run", example=EXAMPLE, seed=1, max_steps=14, eval_steps=14)
     summary = finished.summary
     assert summary["accuracy_last"] - summary["accuracy_first"] >= 0.30, summary
     assert summary["reverse_kl_last"] <= 0.5 * summary["reverse_kl_first"], summary
@@ -31,9 +31,13 @@ def test_quickstart_agentic_learns(run, tmp_path: Path) -> None:
     # The teacher scores, and the trainer sees, exactly what the engine sampled: only rounding may differ.
     assert max(m["mismatch/abs_logprob_diff_max"] for m in steps) <= 1e-3
     assert max(m["episode/turns"] for m in steps) > 1
-    for name in ("samples/samples.html", "samples/episodes.txt", "logs/env-train-0.log", "logs/env-val-0.log"):
+    for name in ("samples/samples.html", "samples/episodes.txt"):
         assert (finished.folder / name).stat().st_size > 0, name
-    assert not [p for p in psutil.process_iter() if "EnvWorker" in _title(p)]
+    assert {"env-train-0.log", "env-val-0.log"} <= {file.name for file in (finished.folder / "logs").iterdir()}
+    deadline = time.monotonic() + 10
+    while [p for p in psutil.process_iter() if "EnvWorker" in _title(p)]:
+        assert time.monotonic() < deadline, "an environment's process outlives the run"
+        time.sleep(0.2)
 
 
 def _title(process: psutil.Process) -> str:

@@ -15,9 +15,11 @@ import pytest
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
-def engine_core() -> psutil.Process:
-    """The engine's process, wherever it is among our descendants."""
+def engine_core(others: set[int]) -> psutil.Process:
+    """The engine's process, wherever it is among our descendants, but none of ``others``: some test's vLLM server."""
     for child in psutil.Process().children(recursive=True):
+        if child.pid in others:
+            continue
         try:
             if "EngineCore" in child.name() or any("EngineCore" in part for part in child.cmdline()[:1]):
                 return child
@@ -34,6 +36,7 @@ def test_killed_while_sampling_and_while_taking_weights(
     from roll_opd.pipeline.generation import Generation
     from roll_opd.pipeline.student import Student
 
+    others = {child.pid for child in psutil.Process().children(recursive=True)}
     killed: dict[str, float] = {}
     noticed: list[float] = []
     trained: list[list[Any]] = []
@@ -41,7 +44,7 @@ def test_killed_while_sampling_and_while_taking_weights(
     def kill(when: str) -> None:
         if when not in killed:
             killed[when] = time.monotonic()
-            os.kill(engine_core().pid, signal.SIGKILL)
+            os.kill(engine_core(others).pid, signal.SIGKILL)
 
     def once_a_response_is_there(self: Generation, worker: Any, requests: Any, finished: Callable, left: Any) -> Any:
         def and_kill(result: GenerateResult) -> None:

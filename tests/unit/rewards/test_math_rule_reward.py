@@ -173,15 +173,21 @@ def graded(worker, *pairs, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def worker():
+def others():
+    """Processes of other tests' fixtures, which live until the session ends."""
+    return {p.pid for p in psutil.Process().children(recursive=True)}
+
+
+@pytest.fixture(scope="module")
+def worker(others):
     made = MathRuleRewardWorker("math_rule", {"timeout": 1.0})
     yield made
     made.close()
 
 
-def child_pids():
+def child_pids(others):
     found = psutil.Process().children(recursive=True)
-    return {p.pid for p in found if p.status() != psutil.STATUS_ZOMBIE}
+    return {p.pid for p in found if p.status() != psutil.STATUS_ZOMBIE} - others
 
 
 def test_worker_grades_in_order(worker):
@@ -202,9 +208,9 @@ def test_worker_grades_in_order(worker):
 
 
 @pytest.mark.parametrize("answer", HOSTILE)
-def test_a_hostile_answer_costs_one_process_and_its_deadline(worker, answer):
+def test_a_hostile_answer_costs_one_process_and_its_deadline(worker, others, answer):
     graded(worker, (r"\boxed{\frac{1}{2}}", "0.5"))  # a child is up
-    before = child_pids()
+    before = child_pids(others)
     started = time.monotonic()
     (hostile,) = graded(worker, (rf"\boxed{{{answer}}}", "72"))
     elapsed = time.monotonic() - started
@@ -213,7 +219,7 @@ def test_a_hostile_answer_costs_one_process_and_its_deadline(worker, answer):
     right, wrong = graded(worker, (r"\boxed{\frac{2}{4}}", "0.5"), (r"\boxed{\frac{1}{3}}", "0.5"))
     assert (right.correct, wrong.correct) == (True, False)
     assert (right.error, wrong.error) == (None, None)
-    after = child_pids()
+    after = child_pids(others)
     assert len(after) == len(before) == 1 and after != before
 
 
