@@ -40,6 +40,23 @@ def test_quickstart_agentic_learns(run, tmp_path: Path) -> None:
         time.sleep(0.2)
 
 
+def test_episodes_of_several_segments(run, tmp_path: Path) -> None:
+    """A context that is soon full: an episode becomes several trajectories, all of them scored and trained, in two
+    optimizer steps of 64 episodes however many trajectories they are."""
+    settings = {
+        "sequence_length": 72,
+        "+custom_envs.Lake.on_context_full": "roll_opd.pipeline.agentic.context_limits.drop_oldest_turns",
+        "max_steps": 2,
+        "eval_steps": 0,
+        "preflight": "off",
+    }
+    for m in run(tmp_path / "run", example=EXAMPLE, seed=1, **settings).metrics:
+        assert m["episode/num_episodes"] == 128 and m["train/num_updates"] == 2
+        assert m["episode/segments"] > 1.5 and m["rollout/num_trajectories"] == 128 * m["episode/segments"]
+        # Each turn is in one segment, and the trainer sees what the engine sampled it behind.
+        assert 1.5 < m["episode/tokens_per_turn"] <= 4 and m["mismatch/abs_logprob_diff_max"] <= 1e-3
+
+
 def _title(process: psutil.Process) -> str:
     with contextlib.suppress(psutil.NoSuchProcess):
         return " ".join(process.cmdline())
