@@ -56,6 +56,10 @@ def did_you_mean(word: Any, candidates: Iterable[Any]) -> str:
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
+OF_AGENTS = ("custom_envs", "train_env_manager", "val_env_manager")
+"""Keys that only the agentic pipeline's config knows, and that tell what its author had in mind."""
+
+
 def of_other_pipeline(key: str) -> ConfigError:
     """The error for a key of a pipeline that ROLL has and we do not."""
     problem = f"belongs to ROLL's pipeline for {OTHER_PIPELINES[key]}, which roll_opd does not have"
@@ -161,6 +165,9 @@ class Builder:
             self.tolerated.append(self.shown(path))
         elif at_top and key in OTHER_PIPELINES:
             raise of_other_pipeline(key)
+        elif at_top and key in OF_AGENTS:
+            problem = "belongs to the agentic pipeline: set pure_opd_pipeline_type: agentic"
+            raise ConfigError(key, f"{problem}, or start it with start_agentic_pipeline.py")
         elif not (at_top and key in self.variables):
             candidates = {*field_types(cls), *ignored_keys(cls), *spellings(cls)}
             if at_top:

@@ -37,7 +37,8 @@ How to add an environment
    :mod:`~roll_opd.environments.sandbox`.
 
 4. Name the class in the YAML: ``custom_envs: {MyTag: {env_type: my_package.my_module.HigherLower, env_config: {highest:
-   20}}}``. One that ships with this package also gets a short name in :mod:`~roll_opd.environments.registry`.
+   20}}}``. ``PYTHONPATH=.`` in front of the command makes a module of the current folder known, in every process. One
+   that ships with this package also gets a short name in :mod:`~roll_opd.environments.registry`.
 
 5. Test it with an episode worked out by hand, equal seeds, a policy that always wins and one that plays at random.
 """

@@ -105,7 +105,8 @@ def resolve_environment(env_type: str, field: str) -> Callable[..., TextEnvironm
     except ModuleNotFoundError as error:
         missing = error.name or place.module
         if place.module == missing or place.module.startswith(f"{missing}."):
-            raise ConfigError(field, f"{env_type!r}: there is no module {missing!r}") from error
+            hint = "if it lies in the current folder, put PYTHONPATH=. in front of the command"
+            raise ConfigError(field, f"{env_type!r}: there is no module {missing!r}; {hint}") from error
         raise _missing_package(field, env_type, missing) from error
     found = getattr(module, place.name, None)
     if found is None:

@@ -169,11 +169,11 @@ class RunReport:
         """
         if self.config.html_samples <= 0:
             return
-        episodes = episodes_of(trajectories)[: self.config.html_samples]
+        episodes = _spread(episodes_of(trajectories), self.config.html_samples)
         views = [sample_view(t, step, tokenizer, self.config, len(e)) for e in episodes for t in e]
         in_environments = any(view.turns for view in views)
-        noun = "episodes" if in_environments else "trajectories"
-        write_samples_page(page, views, self.config.exp_name, f"{what}: the first {len(episodes)} {noun}")
+        which = f"{len(episodes)} episodes" if in_environments else f"the first {len(episodes)} trajectories"
+        write_samples_page(page, views, self.config.exp_name, f"{what}: {which}")
         if keep:
             write_samples_jsonl(self.folder.samples_jsonl, views)
         if in_environments:
@@ -292,7 +292,7 @@ def sample_view(
         tag=t.tag,
         prompt_text=str(t.extras.get("prompt", "")),
         response_text=str(t.extras.get("response", "")),
-        finish_reason=t.finish_reason,
+        finish_reason=str(t.extras.get("end", t.finish_reason)),
         tokens=tokens,
         reward=t.reward,
         correct=t.correct,
@@ -302,3 +302,14 @@ def sample_view(
         segments=segments,
         turns=turns,
     )
+
+
+def _spread(episodes: list[list[Trajectory]], number: int) -> list[list[Trajectory]]:
+    """The first episodes; of groups in environments the first two of each, as long as there are enough groups.
+
+    Members of a group begin alike, so two show what a page of eight would.
+    """
+    if not any(t.turns for segments in episodes for t in segments):
+        return episodes[:number]
+    chosen = sorted(episodes, key=lambda segments: (segments[0].id.sample // 2, segments[0].id))[:number]
+    return sorted(chosen, key=lambda segments: segments[0].id)

@@ -302,6 +302,8 @@ class EpisodeRollout:
             }
             if number == 0:
                 extras["env_metrics"] = aggregate([t.outcome.info for t in taken])
+            if is_last:
+                extras["end"] = _end(last.outcome, episode.cut)
             trajectory = Trajectory(
                 id=name._replace(segment=number),
                 tag=task.tag,
@@ -342,6 +344,15 @@ class EpisodeRollout:
                 raise DataError(problem) if segment == 0 else _EpisodeDroppedError(problem)
             contexts[scorer] = ids
         return contexts
+
+
+def _end(outcome: Outcome, cut: bool) -> str:
+    """Why an episode is over, for pages."""
+    if outcome.terminated:
+        return "the environment"
+    if outcome.truncated:
+        return "the environment's limit"
+    return "a full context" if cut else "the limit of turns"
 
 
 def _action(taken: _Taken) -> str:

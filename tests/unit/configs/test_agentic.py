@@ -241,3 +241,9 @@ def test_a_resume_with_longer_turns_is_warned_about_as_other_sampling_is():
     now = config(**{"actor_infer.generating_args.max_new_tokens": 9})
     refused, warned = resume_checks.resume_conflicts(saved, now)
     assert refused == [] and "custom_envs.Lake.max_tokens_per_step" in warned
+
+
+@pytest.mark.parametrize("key", ["custom_envs", "train_env_manager", "val_env_manager"])
+def test_environments_in_a_run_of_prompts_are_told_where_they_belong(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key}: belongs to the agentic pipeline: set pure_opd_pipeline_type"):
+        build_config({**PURE, key: {}}, OPD)

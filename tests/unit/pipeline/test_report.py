@@ -11,7 +11,7 @@ import pytest
 
 from roll_opd.configs.agentic_config import AgenticConfig
 from roll_opd.configs.worker_config import TeacherConfig
-from roll_opd.pipeline.report import RunReport, sample_view
+from roll_opd.pipeline.report import RunReport, _spread, sample_view
 from roll_opd.trajectory import TeacherScores, Trajectory, TrajectoryId, Turn
 
 
@@ -77,6 +77,21 @@ def test_a_single_response_has_no_episode(report) -> None:
     assert (view.episode, view.turns, view.prompt_text, view.response_text) == ("", [], "rules", "r")
 
 
+def test_a_page_shows_many_groups(report) -> None:
+    """Of two groups of four, two episodes each; of prompts simply the first four."""
+    batch = [
+        replace(trajectory(s, 0, ("a", "b", True)), id=TrajectoryId(draw, s)) for draw in range(2) for s in range(4)
+    ]
+
+    def shown(trajectories: list[Trajectory]) -> list[str]:
+        return [str(e[0].id) for e in _spread([[t] for t in trajectories], 4)]
+
+    assert shown(batch) == ["0/0/0", "0/1/0", "1/0/0", "1/1/0"]
+    assert shown(batch[:6]) == ["0/0/0", "0/1/0", "1/0/0", "1/1/0"]
+    assert shown(batch[:4]) == ["0/0/0", "0/1/0", "0/2/0", "0/3/0"]
+    assert shown([replace(t, turns=()) for t in batch]) == ["0/0/0", "0/1/0", "0/2/0", "0/3/0"]
+
+
 def test_whole_episodes_are_written(report, tmp_path) -> None:
     """``html_samples`` counts episodes: the second one is shown with both its segments, the third not at all."""
     batch = [
@@ -90,7 +105,7 @@ def test_whole_episodes_are_written(report, tmp_path) -> None:
     text = log.read_text(encoding="utf-8")
     assert [part in text for part in ("one", "two", "three", "four")] == [True, True, True, False]
     assert (tmp_path / "renders" / "episodes-0.txt").read_text(encoding="utf-8") == text
-    assert "step 0: the first 2 episodes" in page.read_text(encoding="utf-8")
+    assert "step 0: 2 episodes" in page.read_text(encoding="utf-8")
     rows = report.folder.samples_jsonl.read_text(encoding="utf-8").splitlines()
     assert [json.loads(row)["id"] for row in rows] == ["3/0/0", "3/1/0", "3/1/1"]
     log.unlink()
