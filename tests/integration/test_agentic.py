@@ -70,11 +70,11 @@ def random_deaths(rng: random.Random) -> Iterator[list[int]]:
     over = threading.Event()
 
     def strike() -> None:
-        while not over.wait(rng.uniform(0.3, 1.2)):
+        while not over.wait(rng.uniform(0.2, 0.6)):
             victims = [
                 p
                 for p in psutil.Process().children(recursive=True)
-                if "EnvWorker" in _title(p) and p.pid not in killed and time.time() - p.create_time() > 2.0
+                if "EnvWorker" in _title(p) and p.pid not in killed and time.time() - p.create_time() > 1.0
             ]
             if victims and len(killed) < 6:
                 victim = rng.choice(victims)
@@ -94,7 +94,7 @@ def random_deaths(rng: random.Random) -> Iterator[list[int]]:
 def test_killed_environments_cost_nothing_but_time(run, tmp_path: Path) -> None:
     """SIGKILL of environment processes at random: every batch is full, nothing is trained twice, nothing hangs."""
     settings = {
-        "max_steps": 6,
+        "max_steps": 8,
         "eval_steps": 0,
         "rollout_batch_size": 32,
         "train_env_manager.num_env_groups": 4,
@@ -103,10 +103,10 @@ def test_killed_environments_cost_nothing_but_time(run, tmp_path: Path) -> None:
     }
     with random_deaths(random.Random(5)) as killed:
         finished = run(tmp_path / "run", example=EXAMPLE, seed=1, **settings)
-    assert len(killed) >= 2, "the run was over before anything died"
+    assert killed, "the run was over before anything died"
     steps = finished.metrics
     # A trajectory that came twice would have stopped the update (Student.train).
-    assert [m["episode/num_episodes"] for m in steps] == [32] * 6
+    assert [m["episode/num_episodes"] for m in steps] == [32] * 8
     log = (finished.folder / "logs" / "driver.log").read_text()
     assert "it is played again" in log
 

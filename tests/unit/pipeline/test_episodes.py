@@ -18,6 +18,7 @@ from roll_opd.configs.environment_config import EnvironmentConfig
 from roll_opd.distributed.strategy.base import GenerateRequest, GenerateResult, Sampling
 from roll_opd.environments.base import Opening, Outcome
 from roll_opd.errors import DataError, EngineDiedError, GenerationError
+from roll_opd.pipeline.agentic import turn_queue
 from roll_opd.pipeline.agentic.env_pool import EpisodeLostError
 from roll_opd.pipeline.agentic.episodes import EnvTask, EpisodeRollout, PrivilegedView
 from roll_opd.pipeline.generation import Generation
@@ -275,9 +276,11 @@ def test_members_of_a_group_begin_alike_and_sample_differently(tokenizer) -> Non
     assert len({r.seed for r in engine.requests}) == 6
 
 
-def test_a_free_engine_waits_for_the_other_episodes(tokenizer) -> None:
+def test_a_free_engine_waits_for_the_other_episodes(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight episodes of three turns whose environments take 10 to 80 ms: three calls of eight, sorted."""
-    engine = Engine(tokenizer, seconds=0.4)
+    monkeypatch.setattr(turn_queue, "SHORTEST_WAIT", 10.0)
+    monkeypatch.setattr(turn_queue, "LONGEST_WAIT", 10.0)
+    engine = Engine(tokenizer)
     play(rollout(tokenizer, Pool(lambda i: Countdown(3, seconds=0.01 * (i + 1))), engine), draws=4, num_samples=2)
     assert [len(call) for call in engine.calls] == [8, 8, 8]
     assert all([r.id for r in call] == sorted(r.id for r in call) for call in engine.calls)
@@ -304,13 +307,17 @@ def test_a_broken_engine_ends_the_rollout(tokenizer) -> None:
     assert pool.open == 0
 
 
-def test_nobody_waits_for_an_episode_that_is_over(tokenizer) -> None:
+def test_nobody_waits_for_an_episode_that_is_over(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven long episodes and a short one: after its end seven turns are all, and go at once."""
-    engine = Engine(tokenizer, seconds=0.4)
+    monkeypatch.setattr(turn_queue, "SHORTEST_WAIT", 30.0)
+    monkeypatch.setattr(turn_queue, "LONGEST_WAIT", 30.0)
+    engine = Engine(tokenizer)
     began = time.perf_counter()
-    play(rollout(tokenizer, Pool(lambda i: Countdown(1 if i == 3 else 3)), engine), draws=8)
+    # The short one ends last of its round, when the others wait already.
+    pool = Pool(lambda i: Countdown(1, seconds=0.2) if i == 3 else Countdown(3))
+    play(rollout(tokenizer, pool, engine), draws=8)
     assert [len(call) for call in engine.calls] == [8, 7, 7]
-    assert time.perf_counter() - began < 3 * 0.4 + 0.3
+    assert time.perf_counter() - began < 15
 
 
 def test_one_death_of_an_engine_is_one_revival(tokenizer) -> None:
