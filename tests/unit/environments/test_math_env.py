@@ -107,7 +107,7 @@ def test_a_hostile_answer_is_wrong_and_the_next_one_is_graded(file, monkeypatch)
         env.reset(seed=1)
         started = time.monotonic()
         _, reward, terminated, _, info = env.step(r"\boxed{9^{9^{9^9}}}")
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30
     assert (reward, terminated, info["metrics"]["grading_failed"]) == (0.0, True, True)
     env.reset(seed=1)
     assert env.step(r"\boxed{\frac{6}{8}}")[1] == 1.0

@@ -78,7 +78,7 @@ def test_an_endless_loop_ends_at_the_deadline(run):
     started = time.monotonic()
     result = run("print('started')\nwhile True: pass", timeout_s=1.0)
     assert result == PythonResult("started\n", "the program was stopped after 1 seconds", timed_out=True)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_a_flood_is_cut(run):
@@ -101,7 +101,7 @@ def test_what_a_program_leaves_behind_does_not_hold_us_up(run):
     started = time.monotonic()
     result = run("import os, time\nchild = os.fork()\nif not child:\n    time.sleep(60)\nprint(child)")
     assert result.error is None
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 30
     if not isolated and psutil.pid_exists(child := int(result.stdout)):
         assert all_end([psutil.Process(child)])
 
