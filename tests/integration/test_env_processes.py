@@ -90,7 +90,7 @@ def test_environments_of_a_process_do_not_wait_for_each_other(pool, loop) -> Non
 
     played, seconds = loop.run(play())
     assert [p[0].observation for p in played] == [f"seed {seed}" for seed in range(8)]
-    assert all(o.observation == "sleep 0.3" and 0.3 <= o.seconds for p in played for o in p[1:])
+    assert all(o.observation == "sleep 0.3" and o.seconds >= 0.3 for p in played for o in p[1:])
     assert seconds < 8 * 3 * 0.3 * 0.8 and pool.take_counts()["step_seconds"] > 8 * 3 * 0.3
     assert len({p[0].info["pid"] for p in played}) == 1
     # The first one's environment has been reset, and torch has not been imported for any of this.
