@@ -167,9 +167,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.use_deterministic_algorithms(True)
     quickstart.PIECES = (*quickstart.PIECES, *MOVES)
     tokenizer = quickstart.make_tokenizer()
-    for index, name in enumerate(args.names):
+    for name in args.names:
         recipe = quickstart.Recipe(**SHAPES[name], steps=0, batch_size=0, learning_rate=0, warmup_steps=0)
-        model = quickstart.make_model(recipe, tokenizer, seed=1 + index)
+        model = quickstart.make_model(recipe, tokenizer, seed=1)
         train(model, tokenizer, STEPS[name], RANDOM_STEPS if name == "student" else 0, name)
         model.bfloat16().float()
         score = success_rate(model, tokenizer, 300, seed=1)

@@ -148,14 +148,17 @@ class EpisodeRollout:
             finished(await self._sample(job, draw, sample, queue))
 
         async with asyncio.TaskGroup() as group:
-            pumps = [group.create_task(queue.run()) for queue in queues]
-            async with asyncio.TaskGroup() as episodes:
-                for i, draw in enumerate(job.draws):
-                    for sample in range(job.num_samples):
-                        # A group stays at one engine, which then computes its common beginning once.
-                        episodes.create_task(play(draw, sample, queues[i % len(queues)]))
-            for pump in pumps:
-                pump.cancel()
+            for queue in queues:
+                group.create_task(queue.run())
+            try:
+                async with asyncio.TaskGroup() as episodes:
+                    for i, draw in enumerate(job.draws):
+                        for sample in range(job.num_samples):
+                            # A group stays at one engine, which then computes its common beginning once.
+                            episodes.create_task(play(draw, sample, queues[i % len(queues)]))
+            finally:
+                for queue in queues:
+                    queue.close()
 
     async def _sample(self, job: RolloutJob, draw: Draw, sample: int, queue: TurnQueue) -> Sample:
         task: EnvTask = draw.task

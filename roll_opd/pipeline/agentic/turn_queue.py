@@ -47,6 +47,7 @@ class TurnQueue:
         self.worker = worker
         self.side_by_side = side_by_side
         self.episodes = 0
+        self._closed = False
         self._waiting: dict[TrajectoryId, GenerateRequest] = {}
         self._answers: dict[TrajectoryId, asyncio.Future[GenerateResult]] = {}
         self._came = asyncio.Event()
@@ -73,8 +74,17 @@ class TurnQueue:
             self.episodes -= 1
             self._came.set()  # whoever waits for all episodes may have them all now
 
+    def close(self) -> None:
+        """End :meth:`run` once nothing waits.
+
+        A cancellation alone might be lost: ``asyncio.wait_for`` of Python 3.11 drops one that comes together with the
+        answer which it waits for, as the end of a stream of results may.
+        """
+        self._closed = True
+        self._came.set()
+
     async def run(self) -> None:
-        """Hand turns to the engine until cancelled.
+        """Hand turns to the engine until :meth:`close`.
 
         Raises:
             GenerationError: the engine is at fault.
@@ -83,6 +93,8 @@ class TurnQueue:
         async with asyncio.TaskGroup() as calls:
             while True:
                 await self._arrival()
+                if self._closed:
+                    return
                 if self.side_by_side:
                     calls.create_task(self._call(self._take()))
                     continue
@@ -93,7 +105,7 @@ class TurnQueue:
                     seconds = time.perf_counter() - began
 
     async def _arrival(self) -> None:
-        while not self._waiting:
+        while not self._waiting and not self._closed:
             self._came.clear()
             await self._came.wait()
 

@@ -133,7 +133,7 @@ def play(player: EpisodeRollout, draws: int = 1, num_samples: int = 1, stream: s
     )  # fmt: skip
     samples: list[Sample] = []
     try:
-        asyncio.run(player.run(job, samples.append))
+        asyncio.run(asyncio.wait_for(player.run(job, samples.append), 30))
     except BaseExceptionGroup as group:
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup):
@@ -318,6 +318,24 @@ def test_nobody_waits_for_an_episode_that_is_over(tokenizer, monkeypatch: pytest
     play(rollout(tokenizer, pool, engine), draws=8)
     assert [len(call) for call in engine.calls] == [8, 7, 7]
     assert time.perf_counter() - began < 15
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_rollout_ends_where_a_cancellation_is_lost(tokenizer, side_by_side: bool, breaks: bool) -> None:
+    """The last answer is there before its call ends, and the call swallows a cancellation, as `wait_for` may."""
+
+    class Lossy(Engine):
+        async def ask(self, worker: Any, requests: Sequence[GenerateRequest], finished: Callable) -> None:
+            await super().ask(worker, requests, finished)
+            if breaks and len(self.calls) == 2:
+                finished(self.answer(requests[0]))  # twice: an error of the engine's
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.1)
+
+    player = rollout(tokenizer, Pool(lambda i: Countdown(2)), Lossy(tokenizer), side_by_side=side_by_side)
+    with pytest.raises(GenerationError, match="twice") if breaks else contextlib.nullcontext():
+        play(player, draws=3)
 
 
 def test_one_death_of_an_engine_is_one_revival(tokenizer) -> None:
