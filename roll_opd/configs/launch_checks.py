@@ -50,7 +50,9 @@ NOT_YET = [
 NOT_YET_AGENTIC = ["reward", "use_token_reward"]
 NOT_YET_ENV_MANAGER = ["llm_proxy", "group_size_redundancy", "group_filter_cls", "worker_cls"]
 NOT_YET_ENVIRONMENT = ["agent_runner_cls"]
-NOT_YET_GENERATING = ["min_p", "repetition_penalty", "ignore_eos", "include_stop_str_in_output"]
+NOT_YET_GENERATING = ["min_p", "repetition_penalty", "include_stop_str_in_output"]
+# A turn that goes on behind its end is no turn.
+NOT_IN_TURNS = ["ignore_eos"]
 # Each could change a verdict.
 NOT_YET_REWARD = [
     "response_length_penalty_coef",
@@ -178,6 +180,7 @@ def _agentic(config: AgenticConfig) -> list[ConfigError]:
         found += changed(manager, NOT_YET_ENV_MANAGER, path)
         if manager.generating_args != config.actor_infer.generating_args:
             found += changed(manager.generating_args, NOT_YET_GENERATING, f"{path}.generating_args")
+        found += changed(manager.generating_args, NOT_IN_TURNS, f"{path}.generating_args")
     for tag, env in config.environments_in_use().items():
         path = f"custom_envs.{tag}"
         if env.episode_mode is None:

@@ -88,6 +88,33 @@ def cpu_threads(roles: Mapping[str, WorkerConfig], phases: Mapping[str, str], co
     return {name: config.cpu_threads or share(name, config) for name, config in roles.items()}
 
 
+BORROWERS = ("hf_infer",)
+"""Backends that change their number of threads while they run."""
+
+
+def lent_cores(
+    roles: Mapping[str, WorkerConfig], phases: Mapping[str, str], threads: Mapping[str, int], cores: int
+) -> tuple[int, list[str]]:
+    """Say which roles of the rollout need no fixed share of the cores, and how many cores they have together.
+
+    Args:
+        roles: role name -> config.
+        phases: as in :func:`cpu_threads`, which gave ``threads``.
+        threads: role name -> threads per process.
+        cores: cores of the machine.
+    """
+    busy = {n: c for n, c in roles.items() if phases[n] == "rollout" and c.device_mapping is None}
+    borrow = [
+        name
+        for name, config in busy.items()
+        if config.strategy_args is not None
+        and config.strategy_args.strategy_name in BORROWERS
+        and config.cpu_threads is None
+    ]
+    fixed = sum((config.world_size or 1) * threads[name] for name, config in busy.items() if name not in borrow)
+    return max(1, cores - fixed), borrow
+
+
 @dataclass(frozen=True)
 class _Node:
     """A node with GPUs; its devices are ``first .. first + gpus - 1``."""

@@ -12,8 +12,9 @@ from roll_opd.configs.loader import LoadedConfig
 from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.configs.worker_config import TeacherArguments, TeacherConfig, WorkerConfig
 from roll_opd.distributed.cluster import Cluster
+from roll_opd.distributed.cores import Cores
 from roll_opd.distributed.layout import layout_of
-from roll_opd.distributed.placement import Placement, cpu_threads, usable_cores
+from roll_opd.distributed.placement import Placement, cpu_threads, lent_cores, usable_cores
 from roll_opd.distributed.runtime import get
 from roll_opd.distributed.strategy.base import SAMPLED_ONLY, ScoreWant
 from roll_opd.distributed.turns import Turns
@@ -71,6 +72,7 @@ class RoleClusters:
         teacher_pool: scores trajectories.
         reward_pool: grades them.
         turns: moves those that share devices.
+        cores: lends this node's cores to those that sample and score.
 
     Args:
         loaded: a checked config, and the names that its user gave to the roles.
@@ -112,7 +114,12 @@ class RoleClusters:
             name: Cluster(f"reward-{name}", reward, RewardWorkerActor, threads=1, **shared)
             for name, reward in config.rewards.items()
         }
-        logger.info("threads per process: %s", ", ".join(f"{role} {n}" for role, n in threads.items()))
+        total, borrowers = lent_cores(models, phases, threads, usable_cores())
+        named = {f"teacher-{name}": scorer for name, scorer in self.scorers.items()} | {"actor_infer": self.infer}
+        self.cores = Cores(total, {w: threads[role] for role in borrowers for w in named[role].workers})
+        fixed = ", ".join(f"{role} {n}" for role, n in threads.items() if role not in borrowers)
+        lent = f"; {total} lent to those busy of {', '.join(borrowers)}" if borrowers else ""
+        logger.info("threads per process: %s%s", fixed, lent)
         roles = {"actor_train": self.train, "critic": self.critic, "actor_infer": self.infer}
         scorers = {f"teacher-{name}": scorer for name, scorer in self.scorers.items()}
         # A teacher does without replicas that have died (see TeacherPool); the ranks of one model do not.
@@ -122,6 +129,7 @@ class RoleClusters:
         self.teacher_pool = TeacherPool(
             {name: (self.scorer_configs[name], c.replicas) for name, c in self.scorers.items()},
             dict.fromkeys(config.teachers, want_of(config)),
+            self.cores,
         )
         self.reward_pool = RewardPool(
             {name: (config.rewards[name], c.workers) for name, c in self.rewards.items()},

@@ -16,6 +16,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTa
 
 from roll_opd.configs.worker_config import TeacherConfig
 from roll_opd.distributed.cluster import Replica
+from roll_opd.distributed.cores import Cores
 from roll_opd.distributed.runtime import user_error
 from roll_opd.distributed.strategy.base import SAMPLED_ONLY, ScoreRequest, ScoreResult, ScoreWant
 from roll_opd.errors import EngineDiedError, RollOPDError, TeacherError
@@ -70,14 +71,17 @@ class TeacherPool:
     Args:
         teachers: name -> (config, replicas).
         wants: name -> what to ask for besides the sampled token's log-probability.
+        cores: lends them to replicas that score; None: nobody borrows any.
     """
 
     def __init__(
         self,
         teachers: Mapping[str, tuple[TeacherConfig, Sequence[Replica]]],
         wants: Mapping[str, ScoreWant] | None = None,
+        cores: Cores | None = None,
     ) -> None:
         wants = wants or {}
+        self._cores = cores or Cores()
         self.teachers = {
             name: Teacher(name, config, [Load(r) for r in replicas], wants.get(name, SAMPLED_ONLY))
             for name, (config, replicas) in teachers.items()
@@ -141,8 +145,9 @@ class TeacherPool:
             load.tokens += tokens
             engine = load.engine
             try:
-                answers, details = _ask(load.replica, requests, want)
-                results = await asyncio.wait_for(_results(load.replica, answers), teacher.config.request_timeout)
+                async with self._cores.busy(load.replica.workers):
+                    answers, details = _ask(load.replica, requests, want)
+                    results = await asyncio.wait_for(_results(load.replica, answers), teacher.config.request_timeout)
                 triples = zip(trajectories, requests, results, strict=True)
                 scores = [accept(t, q, r) for t, q, r in triples]
                 return [replace(s, details=d) for s, d in zip(scores, details, strict=True)]

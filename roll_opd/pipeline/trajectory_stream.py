@@ -41,6 +41,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from roll_opd.distributed.cores import Cores
 from roll_opd.distributed.strategy.base import Sampling
 from roll_opd.distributed.turns import Turns
 from roll_opd.errors import GenerationError
@@ -122,6 +123,7 @@ class TrajectoryStream:
         keep_group: whether a graded group is trained on; None keeps all, and waits for no reward.
         extra_draws: draws beyond the missing ones that are made at once when groups are filtered.
         turns: moves roles that share devices; None: no role does.
+        cores: lends this node's cores to engines that sample; None: nobody borrows any.
         bound: how many batches generation may run ahead of training.
     """
 
@@ -138,6 +140,7 @@ class TrajectoryStream:
         keep_group: Callable[[list[Trajectory]], bool] | None = None,
         extra_draws: int = 0,
         turns: Turns | None = None,
+        cores: Cores | None = None,
         bound: int = 0,
     ) -> None:
         self.engines = engines
@@ -150,6 +153,7 @@ class TrajectoryStream:
         self.keep_group = keep_group
         self.extra_draws = extra_draws
         self.turns = turns or Turns({})
+        self.cores = cores or Cores()
         self.bound = bound
         # Holds at most 1 + bound batches, because a batch is begun only when the weights are new enough for it.
         self._batches: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
@@ -363,8 +367,12 @@ class TrajectoryStream:
                 if any(s.item is not None for s in usable):
                     grading.append(asyncio.ensure_future(self._grade_block(usable)))
 
+        async def sample() -> None:
+            async with self.cores.busy(job.engines.workers):
+                await self.rollout.run(job, finished)
+
         async with group:
-            await group.create_task(self.rollout.run(job, finished))
+            await group.create_task(sample())
         assert all(len(block.finished) == block.size for block in blocks), "a rollout ended without all of its samples"
         scored = [task.result() for task in scoring]
         for wave in afterwards:

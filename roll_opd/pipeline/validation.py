@@ -38,4 +38,5 @@ def sampling_of(args: GeneratingArguments | None, response_length: int | None) -
         max_new_tokens=limit,
         greedy=not args.do_sample or args.temperature == 0,
         stop_strings=tuple(args.stop_strings or ()),
+        ignore_eos=args.ignore_eos,
     )

@@ -18,6 +18,7 @@ from roll_opd.configs.model_args import ModelArguments
 from roll_opd.configs.worker_config import WorkerConfig
 from roll_opd.distributed.strategy.base import (
     SAMPLED_ONLY,
+    BorrowsCores,
     GenerateRequest,
     GenerateResult,
     GenerateStrategy,
@@ -80,6 +81,12 @@ class InferWorker(Worker):
 
     async def _call(self, function: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
+    async def use_threads(self, count: int) -> None:
+        """Compute with ``count`` threads; to be called on backends that can (see ``lent_cores``)."""
+        # Beside what is being computed, not behind it.
+        borrower = cast(BorrowsCores, self.strategy)
+        await asyncio.get_running_loop().run_in_executor(None, borrower.use_threads, count)
 
     async def restart(self) -> None:
         """Replace a dead engine."""

@@ -39,6 +39,7 @@ class Sampling:
         greedy: take the most probable token instead of drawing one.
         stop_strings: the response ends once one of these appears in its text.
         report_top_ids: also report this many most probable tokens at each step; 0 = none.
+        ignore_eos: sample on after a token that ends a response, up to ``max_new_tokens``.
     """
 
     temperature: float = 1.0
@@ -48,6 +49,7 @@ class Sampling:
     greedy: bool = False
     stop_strings: tuple[str, ...] = ()
     report_top_ids: int = 0
+    ignore_eos: bool = False
 
     @property
     def truncates(self) -> bool:
@@ -212,6 +214,15 @@ class TakesWeights(Protocol):
 
     def finish_weight_update(self, version: int) -> Mapping[str, int]:
         """Serve again, with weights ``version``; return the checksum of each tensor as it is now held."""
+        ...
+
+
+@runtime_checkable
+class BorrowsCores(Protocol):
+    """What computes with as many threads as it is told, and can change their number between two pieces of work."""
+
+    def use_threads(self, count: int) -> None:
+        """Compute with ``count`` threads from now on; return once that is so."""
         ...
 
 

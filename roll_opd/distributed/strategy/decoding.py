@@ -54,12 +54,20 @@ class DecodingLoop:
         model: the weights; its device decides where the work is done.
         stop_ids: token ids that end a response (and belong to it).
         decode: turns token ids into text; used for stop strings alone.
+        pause: called between two steps.
     """
 
-    def __init__(self, model: PackedModel, stop_ids: Sequence[int], decode: Callable[[list[int]], str]) -> None:
+    def __init__(
+        self,
+        model: PackedModel,
+        stop_ids: Sequence[int],
+        decode: Callable[[list[int]], str],
+        pause: Callable[[], None] = lambda: None,
+    ) -> None:
         self.model = model
         self.stop_ids = frozenset(stop_ids)
         self.decode = decode
+        self.pause = pause
 
     @torch.inference_mode()
     def run(self, requests: Sequence[GenerateRequest], version: int) -> Iterator[GenerateResult]:
@@ -68,6 +76,7 @@ class DecodingLoop:
         live = [_Sequence(r, _uniforms(r.seed, sampling.max_new_tokens)) for r in requests]
         logits, cache, visible = self._prefill(requests, sampling.max_new_tokens)
         for step in range(sampling.max_new_tokens):
+            self.pause()
             self._draw(live, logits, step, sampling)
             last = step + 1 == sampling.max_new_tokens
             for sequence in live:
@@ -147,7 +156,9 @@ class DecodingLoop:
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
             sequence.kept += mass
-            if token in self.stop_ids or has_stop_string(sequence.tokens, sampling.stop_strings, self.decode):
+            if (token in self.stop_ids and not sampling.ignore_eos) or has_stop_string(
+                sequence.tokens, sampling.stop_strings, self.decode
+            ):
                 sequence.finish_reason = "stop"
 
 

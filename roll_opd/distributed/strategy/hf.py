@@ -25,6 +25,7 @@ from roll_opd.distributed.strategy.base import (
 from roll_opd.distributed.strategy.decoding import DecodingLoop
 from roll_opd.distributed.strategy.packed_model import PackedModel, load_model, raw_of
 from roll_opd.distributed.strategy.scoring import in_order_of, rows_of, score_row
+from roll_opd.distributed.strategy.threads import LentThreads
 from roll_opd.distributed.strategy.tokenizer import Vocabulary
 from roll_opd.distributed.strategy.weight_transfer import TransferEnd, WeightBucket, tensor_checksum
 from roll_opd.distributed.strategy.weight_update import WeightUpdate
@@ -68,7 +69,8 @@ class HFStrategy:
                 f"to all earlier tokens; {config.model_args.model_name_or_path!r} has sliding windows or the like"
             )
         self.version = 0
-        self._loop = DecodingLoop(self.model, vocabulary.stop_ids, vocabulary.decode)
+        self._threads = LentThreads(torch.get_num_threads())
+        self._loop = DecodingLoop(self.model, vocabulary.stop_ids, vocabulary.decode, self._threads.pause)
         # One request list, scoring call or weight update at a time: they share the weights and the cores.
         self._lock = threading.Lock()
         self._parameters = dict(self.model.lm.named_parameters(remove_duplicate=False))
@@ -97,16 +99,23 @@ class HFStrategy:
             raise item
 
     def _run(self, requests: Sequence[GenerateRequest]) -> Iterator[GenerateResult]:
-        with self._lock:
+        with self._lock, self._threads.working():
             for batch in _batches(requests, self.config.infer_batch_size):
                 yield from self._loop.run(batch, self.version)
 
     def score(self, requests: Sequence[ScoreRequest], want: ScoreWant = SAMPLED_ONLY) -> list[ScoreResult]:
         """See :class:`~roll_opd.distributed.strategy.base.ScoreStrategy`."""
         rows = rows_of(requests, self.config)
-        with self._lock, torch.inference_mode():
-            results = [result for row in rows for result in score_row(self.model, row, want)]
+        results: list[ScoreResult] = []
+        with self._lock, self._threads.working(), torch.inference_mode():
+            for row in rows:
+                self._threads.pause()
+                results += score_row(self.model, row, want)
         return in_order_of(requests, rows, results)
+
+    def use_threads(self, count: int) -> None:
+        """Compute with ``count`` threads from now on; returns once that is so."""
+        self._threads.use(count)
 
     def head(self) -> HeadWeights:
         """See :class:`~roll_opd.distributed.strategy.base.ScoreStrategy`."""

@@ -82,6 +82,7 @@ class AgenticPipeline(BasePipeline):
             group_size=config.group_size,
             sampling=sampling,
             turns=clusters.turns,
+            cores=clusters.cores,
         )
 
     def _pool(self, name: str, manager: EnvManagerConfig) -> EnvPool:

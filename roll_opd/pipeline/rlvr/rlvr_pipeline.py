@@ -70,6 +70,7 @@ class RLVRPipeline(BasePipeline):
             keep_group=self.keeps if filters and self.signal.uses_rewards else None,
             extra_draws=extra,
             turns=clusters.turns,
+            cores=clusters.cores,
         )
 
     def task_of(self, draw: int) -> Prompt:

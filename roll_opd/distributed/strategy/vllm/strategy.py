@@ -173,7 +173,7 @@ class VLLMStrategy:
             logprobs=response.ranks,
             # Whether a token ends the response, the tokenizer's facts decide and not the checkpoint's.
             ignore_eos=True,
-            stop_token_ids=[i for i in self.vocabulary.stop_ids if i < self.vocabulary.size],
+            stop_token_ids=list(response.stop_ids),
         )
         try:
             async with aclosing(steps):
@@ -359,6 +359,7 @@ class _Response:
     def __init__(self, request: GenerateRequest, vocabulary: Vocabulary) -> None:
         self.request, self.vocabulary = request, vocabulary
         sampling = request.sampling
+        self.stop_ids = () if sampling.ignore_eos else tuple(i for i in vocabulary.stop_ids if i < vocabulary.size)
         needed = min(ranks_needed(sampling), vocabulary.size)
         wanted = min(sampling.report_top_ids, vocabulary.size)
         self.measured = request.id.sample == 0 or needed <= wanted
@@ -384,7 +385,7 @@ class _Response:
             self.logprobs.append(flat.logprobs[start])
             self.best.append(_best(flat, start, end, self.ranks))
             stopped = has_stop_string(self.tokens, stop_strings, self.vocabulary.decode)
-            self.stopped = stopped or token in self.vocabulary.stop_ids
+            self.stopped = stopped or token in self.stop_ids
             if stopped:
                 return True
         return False
