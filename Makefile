@@ -11,7 +11,7 @@ QUICKSTART := PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart/run_onpoli
 
 INSTALL_GEM := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-gem.txt
 
-.PHONY: help install install-engines install-gem quickstart quickstart-agentic quickstart-vllm quickstart-megatron test test-long test-trl check format clean
+.PHONY: help install install-engines install-gem quickstart quickstart-agentic quickstart-vllm quickstart-megatron test test-long test-trl bench bench-check bench-ceilings bench-gpu check format clean
 
 help:
 	@echo "make quickstart   distil a tiny student on this machine (a few minutes, no GPU)"
@@ -22,6 +22,10 @@ help:
 	@echo "make check        ruff and mypy"
 	@echo "make test-long    slow soaks and run-to-run variation"
 	@echo "make test-trl     compare the divergences with TRL, installed into $(TRL_VENV)"
+	@echo "make bench        one step beside TRL's: speed, memory, time to a held-out KL (an idle machine, an hour)"
+	@echo "make bench-check  ... shorter, against the stored result: what got slower or larger"
+	@echo "make bench-ceilings  what share of this machine each part of a step reaches (about five minutes)"
+	@echo "make bench-gpu    a step of distillation on one GPU beside its roofline; without a GPU the roofline on paper"
 	@echo "make install      only make $(VENV)"
 	@echo "make install-engines  ... with vLLM (CPU build) and Megatron-core"
 	@echo "make install-gem      ... with GEM's environments"
@@ -77,6 +81,19 @@ test-long: $(DEV)
 
 test-trl: $(DEV) $(TRL_VENV)/.ready
 	TRL_PYTHON=$(abspath $(TRL_VENV))/bin/python $(BIN)/python -m pytest tests/integration/test_trl_comparison.py
+
+bench: $(RUNTIME) $(TRL_VENV)/.ready
+	$(BIN)/python -m benchmarks.opd_step
+
+bench-check: $(RUNTIME) $(TRL_VENV)/.ready
+	$(BIN)/python -m benchmarks.opd_step.guard
+
+bench-ceilings: $(RUNTIME)
+	$(BIN)/python -m benchmarks.ceilings
+
+# Not $(ENGINES): that would put the CPU build of vLLM into an environment for GPUs.
+bench-gpu: $(RUNTIME)
+	$(BIN)/python -m benchmarks.gpu_step
 
 check: $(DEV)
 	$(BIN)/ruff check .

@@ -88,17 +88,31 @@ class RawTensor:
 
 
 @dataclass(frozen=True)
+class DetailsRef:
+    """Where the details of one sequence are, which nobody has fetched yet.
+
+    Attributes:
+        call: reference of a Ray object, the details of all sequences of one scoring call.
+        index: which of them.
+    """
+
+    call: Any
+    index: int
+
+
+@dataclass(frozen=True)
 class TeacherScores:
     """What one teacher says about one trajectory.
 
     Attributes:
         logprobs: ``[T]`` float32, untruncated softmax at temperature 1 over the tokenizer's vocabulary; 0 where
-            ``response_mask`` is false.
+            ``response_mask`` is false. None as long as only the trainer can tell, which forms whole distributions of
+            the details.
         details: :class:`SupportScores` or :class:`RawTensor`, for objectives that need more than the sampled token.
-            Between processes it is a Ray object reference: large, and of no use to the driver.
+            Between processes it is a :class:`DetailsRef`: large, and of no use to the driver.
     """
 
-    logprobs: FloatArray
+    logprobs: FloatArray | None
     details: Any = None
 
 
@@ -207,6 +221,12 @@ class Trajectory:
     def sampled(self, values: NDArray[Any]) -> NDArray[Any]:
         """Return the entries ``[n]`` of per-token ``values [T]`` on the sampled tokens."""
         return values[self.response_mask]
+
+    def said_by(self, scorer: str) -> FloatArray:
+        """Return the log-probabilities of a teacher, the reference or the base model, which must be known by now."""
+        logprobs = self.teacher_scores[scorer].logprobs
+        assert logprobs is not None, f"nobody has asked {scorer} for log-probabilities of trajectory {self.id}"
+        return logprobs
 
     def spread(self, values: NDArray[Any]) -> FloatArray:
         """Return ``[T]`` float32 with ``values [n]`` on the sampled tokens and 0 elsewhere; undoes :meth:`sampled`."""

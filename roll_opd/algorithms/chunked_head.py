@@ -54,6 +54,7 @@ from roll_opd.algorithms.head_divergence import (
     FullTarget,
     SupportTarget,
     check,
+    fill_teacher,
     full_divergence,
     set_divergence,
 )
@@ -95,12 +96,15 @@ roundings in fp32. This bounds the relative error of what is kept."""
 class HeadOutputs:
     """One number a token, float32 (float64 for float64 inputs): ``[n]`` each, ``divergences`` 0 where not covered.
 
-    The same on all ranks that share a vocabulary.
+    ``teacher_logprobs`` has an entry for each divergence: what a teacher of a whole vocabulary says of the target, 0
+    where it does not cover it; all 0 for a set. It has no gradient. All are the same on all ranks that share a
+    vocabulary.
     """
 
     logprobs_n: Tensor
     entropy_n: Tensor
     divergences: tuple[Tensor, ...] = ()
+    teacher_logprobs: tuple[Tensor, ...] = ()
 
 
 def head_outputs(
@@ -151,7 +155,8 @@ def head_outputs(
         torch.is_grad_enabled(),
     )
     logprobs, entropy, *values = _HeadFunction.apply(hidden_nH, head.weight_VH, head.bias_V, job)
-    return HeadOutputs(logprobs, entropy, tuple(values))
+    count = len(divergences)
+    return HeadOutputs(logprobs, entropy, tuple(values[:count]), tuple(values[count:]))
 
 
 # --- the walk over the chunks -----------------------------------------------------------------------------------------
@@ -291,6 +296,10 @@ def _walk(
             in_place = empty and (part.local is None or d_value is None)
             t = grad[: part.count] if in_place else buffers("teacher", part.count)
             if isinstance(target, FullTarget):
+                fill_teacher(target, part, t, buffers)
+                if outputs is not None:
+                    at = targets[part.at]
+                    outputs.teacher_logprobs[i][part.at] = at.take(t).squeeze(-1)
                 value = full_divergence(target, part, state, t, d_value, fill)
             else:
                 value = set_divergence(target, part, state, t, d_value, saved.tails[i], fill)
@@ -321,8 +330,9 @@ def _walk(
 
 def _add_up(outputs: HeadOutputs, divergences: Sequence[FullTarget | SupportTarget], shard: VocabShard) -> None:
     """Replace what are sums over this shard's ids by those over all, at one go for all tokens."""
-    full = [x for x, target in zip(outputs.divergences, divergences, strict=True) if isinstance(target, FullTarget)]
-    parts = [outputs.logprobs_n, outputs.entropy_n, *full]
+    whole = [i for i, target in enumerate(divergences) if isinstance(target, FullTarget)]
+    full, said = ([values[i] for i in whole] for values in (outputs.divergences, outputs.teacher_logprobs))
+    parts = [outputs.logprobs_n, outputs.entropy_n, *full, *said]
     for part, total in zip(parts, shard.sum(torch.stack(parts)), strict=True):
         part.copy_(total)
     for value in full:
@@ -340,7 +350,8 @@ class _HeadFunction(torch.autograd.Function):
         def numbers() -> Tensor:
             return hidden.new_zeros(len(hidden), dtype=dtype)
 
-        outputs = HeadOutputs(numbers(), numbers(), tuple(numbers() for _ in job.divergences))
+        values, said = (tuple(numbers() for _ in job.divergences) for _ in range(2))
+        outputs = HeadOutputs(numbers(), numbers(), values, said)
         has_tail = [isinstance(t, SupportTarget) and t.tail_m is not None for t in job.divergences]
         saved = _Saved(outputs.entropy_n, tuple(numbers() if has else None for has in has_tail))
         announced = job.announced(dtype) if job.grad_enabled and any(wanted) else None
@@ -349,12 +360,13 @@ class _HeadFunction(torch.autograd.Function):
         _walk(job, hidden, head, saved, outputs, ahead)
         ctx.job, ctx.ahead = job, ahead
         ctx.save_for_backward(hidden, weight, bias, saved.entropy, *saved.tails)
-        return outputs.logprobs_n, outputs.entropy_n, *outputs.divergences
+        ctx.mark_non_differentiable(*said)
+        return outputs.logprobs_n, outputs.entropy_n, *values, *said
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        true = _Upstream(upstream[0], upstream[1], upstream[2:])
+        true = _Upstream(upstream[0], upstream[1], upstream[2 : 2 + len(ctx.job.divergences)])
         # Whether it can be used or not, it is not kept any longer; who goes backward twice makes the gradient again.
         ahead: _Gradients | None = ctx.ahead
         ctx.ahead = None

@@ -151,14 +151,19 @@ class Chunk:
         return part.rows(self.p_cV, self.buffers, "rows_p")
 
 
+def fill_teacher(target: FullTarget, part: Part, t: Tensor, buffers: Buffers) -> None:
+    """Fill ``t [c, V]`` with the teacher's log-probabilities."""
+    fill_logprobs(target.hidden_mH[part.of_teacher], target.head, t, buffers)
+
+
 def full_divergence(
     target: FullTarget, part: Part, chunk: Chunk, t: Tensor, upstream: Tensor | None, wants_value: bool
 ) -> Tensor | None:
     """Return this shard's part of the divergence ``[c]`` if wanted, a sum over its ids.
 
-    Where there is an upstream, leave ``upstream * dD/dz`` in ``t``.
+    ``t`` are the teacher's log-probabilities. They are overwritten: where there is an upstream, by ``upstream *
+    dD/dz``.
     """
-    fill_logprobs(target.hidden_mH[part.of_teacher], target.head, t, chunk.buffers)
     p = chunk.p(part)
     value, total, factor = _full_score(target, chunk.lp(part), p, t, chunk.buffers, wants_value)
     if upstream is not None:

@@ -190,7 +190,7 @@ class HeldIds:
         held = (column >= 0) & (column < rows)
         return cls(column.clamp_(min=0, max=max(rows - 1, 0)), held)
 
-    def __getitem__(self, rows: slice) -> HeldIds:
+    def __getitem__(self, rows: slice | Tensor) -> HeldIds:
         return HeldIds(self.column_cK[rows], self.held_cK[rows])
 
     def take(self, x_cV: Tensor) -> Tensor:

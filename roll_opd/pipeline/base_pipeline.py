@@ -163,7 +163,8 @@ class BasePipeline(ABC):
             self.validate()
         batch = self.collect()
         trajectories, metrics = self.compute_advantages(batch)
-        metrics |= self.update(trajectories)
+        trajectories, trained = self.update(trajectories)
+        metrics |= trained
         trajectories = self.with_verdicts(batch, trajectories)
         metrics |= rollout_metrics(trajectories, version=step) | opd_metrics(trajectories)
         metrics |= self.step_metrics()
@@ -278,21 +279,26 @@ class BasePipeline(ABC):
         with self.report.phase("advantages"):
             return self.signal(trajectories, self.step)
 
-    def update(self, trajectories: list[Trajectory]) -> dict[str, float]:
-        """Update the critic, if there is one, and, once it has warmed up, the student."""
+    def update(self, trajectories: list[Trajectory]) -> tuple[list[Trajectory], dict[str, float]]:
+        """Update the critic, if there is one, and, once it has warmed up, the student.
+
+        Returns:
+            The trajectories, with whatever only the update has told of them, and metrics.
+        """
         with self.report.phase("train"):
             metrics = {}
             if self.critic is not None:
                 self.clusters.turns.take("critic")
                 metrics = self.critic.train(trajectories)
                 if self.step < self.config.critic_warmup:
-                    return metrics
+                    return trajectories, metrics
             self.clusters.turns.take("actor_train")
             # Not before its turn: they lie on its devices.
             for name, head in self._new_heads.items():
                 self.student.set_teacher_head(name, head)
             self._new_heads = {}
-            return metrics | self.student.train(trajectories)
+            trajectories, trained = self.student.train(trajectories)
+            return trajectories, metrics | trained
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 

@@ -74,9 +74,9 @@ class Generation:
                     ref = await asyncio.wait_for(anext(stream), self.deadline)
                 except StopAsyncIteration:
                     return
-                result = await ref
-                left.pop(result.id, None)
-                finished(result)
+                for result in await ref:
+                    left.pop(result.id, None)
+                    finished(result)
         except RayTaskError as error:  # before TimeoutError: Ray's copy of a worker's exception is of both classes
             raise user_error(error) from error
         except TimeoutError:

@@ -43,7 +43,7 @@ def opd_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
                 continue
             d = _log_ratio(t, name, "old_logprobs")
             every.append(d)
-            teacher_logprobs.append(t.teacher_scores[name].logprobs[t.response_mask])
+            teacher_logprobs.append(t.said_by(name)[t.response_mask])
             by_tag.setdefault(t.tag or UNTAGGED, []).append(d)
             buckets = np.searchsorted(POSITION_BUCKETS, np.arange(len(d)), side="right") - 1
             for bucket in np.unique(buckets):
@@ -208,7 +208,7 @@ def _overall_and_by_tag(name: str, by_tag: dict[str, list[float]]) -> dict[str, 
 
 
 def _log_ratio(t: Trajectory, teacher: str, source: str) -> np.ndarray:
-    return (getattr(t, source) - t.teacher_scores[teacher].logprobs)[t.response_mask]
+    return (getattr(t, source) - t.said_by(teacher))[t.response_mask]
 
 
 def _sampled(trajectories: Iterable[Trajectory], name: str) -> list[np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import time
@@ -261,18 +262,22 @@ def sample_view(
     # divergence itself is the loss, and where the advantage holds the reward's part too.
     advantages = t.advantages
     if advantages is None or t.divergence_weights or config.mode == "mixed_opd":
-        terms = [config.teacher_coef(name) * (t.teacher_scores[name].logprobs - student) for name in t.teachers]
+        terms = [config.teacher_coef(name) * (t.said_by(name) - student) for name in t.teachers]
         advantages = np.sum(terms, axis=0) if terms else np.zeros(len(t), dtype=np.float32)
     special = set(tokenizer.all_special_ids)
+    ids = t.sampled(t.tokens).tolist()
+    said = {name: t.sampled(t.said_by(name)).tolist() for name in t.teachers}
     tokens = [
         TokenView(
-            text=str(tokenizer.decode([int(t.tokens[p])], skip_special_tokens=False)),
-            logprob_student=float(student[p]),
-            logprob_teacher={name: float(t.teacher_scores[name].logprobs[p]) for name in t.teachers},
-            advantage=float(advantages[p]),
-            special=int(t.tokens[p]) in special,
+            text=_token_text(tokenizer, i),
+            logprob_student=logprob,
+            logprob_teacher={name: logprobs[n] for name, logprobs in said.items()},
+            advantage=advantage,
+            special=i in special,
         )
-        for p in positions
+        for n, (i, logprob, advantage) in enumerate(
+            zip(ids, t.sampled(student).tolist(), t.sampled(advantages).tolist(), strict=True)
+        )
     ]
     turns = [
         TurnView(
@@ -286,12 +291,15 @@ def sample_view(
         )
         for turn in t.turns
     ]
+    texts = [turn.text for turn in turns]
+    if not turns:
+        texts.append(str(tokenizer.decode(ids, skip_special_tokens=True)))
     return SampleView(
         id=str(t.id),
         step=step,
         tag=t.tag,
         prompt_text=str(t.extras.get("prompt", "")),
-        response_text=str(t.extras.get("response", "")),
+        response_text="\n".join(texts),
         finish_reason=str(t.extras.get("end", t.finish_reason)),
         tokens=tokens,
         reward=t.reward,
@@ -302,6 +310,11 @@ def sample_view(
         segments=segments,
         turns=turns,
     )
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    return str(tokenizer.decode([token], skip_special_tokens=False))
 
 
 def _spread(episodes: list[list[Trajectory]], number: int) -> list[list[Trajectory]]:

@@ -13,12 +13,10 @@ from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.configs.worker_config import TeacherArguments, TeacherConfig, WorkerConfig
 from roll_opd.distributed.cluster import Cluster
 from roll_opd.distributed.cores import Cores
-from roll_opd.distributed.layout import layout_of
 from roll_opd.distributed.placement import Placement, cpu_threads, lent_cores, usable_cores
 from roll_opd.distributed.runtime import get
-from roll_opd.distributed.strategy.base import SAMPLED_ONLY, ScoreWant
 from roll_opd.distributed.turns import Turns
-from roll_opd.pipeline.batching import mini_batch_size
+from roll_opd.pipeline.needs import updates_per_step, want_of
 from roll_opd.pipeline.reward_pool import RewardPool
 from roll_opd.pipeline.reward_worker import RewardWorkerActor
 from roll_opd.pipeline.teacher_pool import TeacherPool
@@ -26,12 +24,6 @@ from roll_opd.pipeline.workers import CriticWorker, InferWorker, TrainWorker
 from roll_opd.trajectory import BASE_MODEL, REFERENCE
 
 logger = logging.getLogger(__name__)
-
-
-def updates_per_step(config: PipelineConfig, trained: WorkerConfig) -> int:
-    """Optimizer steps that one pipeline step makes of the role ``trained``."""
-    size = mini_batch_size(trained, layout_of(trained).dp_size)
-    return config.ppo_epochs * -(-config.samples_per_step // size)
 
 
 def scorers_of(config: PipelineConfig) -> dict[str, TeacherConfig]:
@@ -47,18 +39,6 @@ def scorers_of(config: PipelineConfig) -> dict[str, TeacherConfig]:
             like, model_args=model, tag_included=[], teacher_args=TeacherArguments()
         )
     return scorers
-
-
-def want_of(config: PipelineConfig) -> ScoreWant:
-    """What the objective needs to know of a teacher besides the sampled token's log-probability."""
-    args = config.opd_args
-    if args.objective != "direct":
-        return SAMPLED_ONLY
-    return ScoreWant(
-        top_k=args.top_k if args.support in ("teacher_topk", "union_topk") else 0,
-        given=args.support in ("student_topk", "union_topk"),
-        hidden=args.support == "full",
-    )
 
 
 class RoleClusters:

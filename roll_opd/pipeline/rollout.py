@@ -61,7 +61,7 @@ class Sample:
         draw: number of the draw.
         sample: which of the group.
         trajectories: one, or an episode's segments in order; empty: it failed, and its group is of no use.
-        item: what a grader needs; None where the reward is known already.
+        item: what a grader needs; None where the reward is known already, or nobody grades.
         failure: why there are none.
     """
 

@@ -80,7 +80,8 @@ class Signal:
         """Return the trajectories, ready to be trained on, and what there is to report.
 
         Args:
-            trajectories: with ``old_logprobs``, scores, and (unless distillation is pure) rewards.
+            trajectories: with scores, ``old_logprobs`` unless the update will tell them (see
+                :mod:`~roll_opd.pipeline.needs`), and (unless distillation is pure) rewards.
             step: for schedules.
 
         Raises:
@@ -136,8 +137,11 @@ class Signal:
             term = torch.zeros(t.response_length)
             by_teacher: dict[str, Tensor] = {}
             for name in names:
-                d = self._log_ratio(t, name)
                 weight = gate * (self.config.teacher_coef(name) * share * schedule)
+                if direct and args.trust_region is None:
+                    by_teacher[name] = weight
+                    continue
+                d = self._log_ratio(t, name)
                 if args.trust_region is not None:
                     inside = trust_region_gate(d, args.trust_region)
                     kept.append(inside)
@@ -156,10 +160,10 @@ class Signal:
     def _log_ratio(self, t: Trajectory, name: str) -> Tensor:
         """``d_t`` against one teacher, ``[n]``; with a base model, against the extrapolated one."""
         assert t.old_logprobs is not None
-        student, teacher = _sampled(t, t.old_logprobs), _sampled(t, t.teacher_scores[name].logprobs)
+        student, teacher = _sampled(t, t.old_logprobs), _sampled(t, t.said_by(name))
         if self.config.opd_args.base_model is None:
             return student - teacher
-        base = _sampled(t, t.teacher_scores[BASE_MODEL].logprobs)
+        base = _sampled(t, t.said_by(BASE_MODEL))
         return extrapolated_log_ratio(student, teacher, base, self.config.opd_args.extrapolation)
 
     def _shared_weights(self, trajectories: Sequence[Trajectory]) -> list[Tensor]:
@@ -194,7 +198,7 @@ class Signal:
         kls = []
         for t in trajectories:
             assert t.old_logprobs is not None
-            reference = _sampled(t, t.teacher_scores[REFERENCE].logprobs)
+            reference = _sampled(t, t.said_by(REFERENCE))
             kls.append(kl_estimate(self.config.kl_penalty, _sampled(t, t.old_logprobs), reference))
         coef = self._kl.coef
         mean = float(torch.cat(kls).double().mean())

@@ -14,11 +14,12 @@ from roll_opd.algorithms.policy_loss import PolicyLoss
 from roll_opd.configs.agentic_config import AgenticConfig
 from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.distributed.cluster import Cluster
-from roll_opd.distributed.strategy.base import ScoreRequest, ScoreResult, TrainItem
+from roll_opd.distributed.strategy.base import ScoreRequest, ScoreResult, TokenScores, TrainItem
 from roll_opd.errors import TrainingError
 from roll_opd.pipeline.batching import micro_batches, mini_batch_size, mini_batches, rank_shares, undeal
+from roll_opd.pipeline.needs import needs_old_logprobs, needs_teacher_logprobs
 from roll_opd.pipeline.workers import DetailsKey
-from roll_opd.trajectory import Trajectory, TrajectoryId, check_per_token
+from roll_opd.trajectory import DetailsRef, Trajectory, TrajectoryId, check_per_token
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +44,15 @@ class Student:
     ) -> None:
         self.config, self.cluster, self._score_again = config, cluster, score_again
         self.loss = loss_of(config)
+        self._needs_old = needs_old_logprobs(config)
+        # Whether the update's forward pass has to say what was not asked for before.
+        self._tell = not (self._needs_old and needs_teacher_logprobs(config))
 
     def with_old_logprobs(self, trajectories: list[Trajectory]) -> list[Trajectory]:
-        """Add the log-probabilities of the old policy, from where the config says."""
+        """Add the log-probabilities of the old policy, from where the config says; or leave them to :meth:`train`."""
         if self.config.opd_args.student_logprob_source == "infer":
             return [dataclasses.replace(t, old_logprobs=t.infer_logprobs) for t in trajectories]
-        return self.scored(trajectories)
+        return self.scored(trajectories) if self._needs_old else trajectories
 
     def scored(self, trajectories: list[Trajectory]) -> list[Trajectory]:
         """Add ``old_logprobs`` and entropies from a trainer forward."""
@@ -58,12 +62,18 @@ class Student:
         out = []
         for trajectory, request, result in zip(trajectories, requests, results, strict=True):
             assert result.checksum == request.checksum, f"scores of {result.id} for {trajectory.id}"
+            assert result.logprobs is not None
             check_per_token("old_logprobs", result.logprobs, trajectory)
             out.append(dataclasses.replace(trajectory, old_logprobs=result.logprobs, entropies=result.entropies))
         return out
 
-    def train(self, trajectories: list[Trajectory]) -> dict[str, float]:
-        """Update the student on the batch; return the metrics of its optimizer steps, averaged."""
+    def train(self, trajectories: list[Trajectory]) -> tuple[list[Trajectory], dict[str, float]]:
+        """Update the student on the batch.
+
+        Returns:
+            The trajectories, with the log-probabilities that only the update has told, and the metrics of the optimizer
+            steps, averaged.
+        """
         config, cluster = self.config, self.cluster
         seen: set[TrajectoryId] = set()
         for trajectory in trajectories:
@@ -79,14 +89,19 @@ class Student:
         ]
         if self.details_wanted:
             self._fetch_details(steps)
-        for _ in range(config.ppo_epochs):
+        said: dict[TrajectoryId, TokenScores] = {}
+        for epoch in range(config.ppo_epochs):
+            tell = self._tell and epoch == 0
             for shares in steps:
-                updates.append(_update_metrics(cluster.call_shares("train_step", [(s, self.loss) for s in shares])))
+                answers = cluster.call_shares("train_step", [(s, self.loss, tell) for s in shares])
+                updates.append(_update_metrics([metrics for metrics, _ in answers]))
+                said |= {scores.id: scores for _, told in answers for scores in told}
         if self.details_wanted:
             cluster.call_all("fetch_details", {})  # lets go of them
-        return {name: float(np.mean([u[name] for u in updates])) for name in updates[0]} | {
-            "train/num_updates": float(len(updates))
-        }
+        metrics = {name: float(np.mean([u[name] for u in updates])) for name in updates[0]}
+        if self._tell:
+            trajectories = [_completed(t, said[t.id]) for t in trajectories]
+        return trajectories, metrics | {"train/num_updates": float(len(updates))}
 
     @property
     def details_wanted(self) -> bool:
@@ -95,14 +110,14 @@ class Student:
 
     def _fetch_details(self, steps: list[list[list[list[TrainItem]]]]) -> None:
         """Have each rank get the teachers' top-k tables or hidden states that its items need; score lost ones again."""
-        needed: list[dict[DetailsKey, list[Any]]] = [{} for _ in range(self.cluster.layout.dp_size)]
+        needed: list[dict[DetailsKey, DetailsRef]] = [{} for _ in range(self.cluster.layout.dp_size)]
         by_id: dict[TrajectoryId, Trajectory] = {}
         for ranks in steps:
             for refs, rows in zip(needed, ranks, strict=True):
                 for item in (item for row in rows for item in row if item.token_weight > 0):
                     trajectory = by_id[item.trajectory.id] = item.trajectory
                     for name in trajectory.divergence_weights:
-                        refs[trajectory.id, name] = [trajectory.teacher_scores[name].details]
+                        refs[trajectory.id, name] = trajectory.teacher_scores[name].details
         for _ in range(2):
             # Every rank fetches for itself, so each may miss something else than its data-parallel peers.
             calls = [(needed[dp],) for dp in self.cluster.layout.dp_ranks]
@@ -115,7 +130,7 @@ class Student:
             again = {t.id: t for t in self._score_again([by_id[name] for name in names])}
             for refs in needed:
                 for key in lost & set(refs):
-                    refs[key] = [again[key[0]].teacher_scores[key[1]].details]
+                    refs[key] = again[key[0]].teacher_scores[key[1]].details
         raise TrainingError(f"{len(lost)} teacher scores were lost twice; the object store may be too small")
 
     def set_teacher_head(self, teacher: str, head: Any) -> None:
@@ -126,6 +141,17 @@ class Student:
             head: reference of a :class:`~roll_opd.distributed.strategy.base.HeadWeights`.
         """
         self.cluster.call_all("set_teacher_head", teacher, head)
+
+
+def _completed(trajectory: Trajectory, said: TokenScores) -> Trajectory:
+    """Add what is not known yet of what the update's forward pass said."""
+    scores = {
+        name: dataclasses.replace(s, logprobs=said.teachers[name]) if s.logprobs is None else s
+        for name, s in trajectory.teacher_scores.items()
+    }
+    if trajectory.old_logprobs is None:
+        trajectory = dataclasses.replace(trajectory, old_logprobs=said.logprobs, entropies=said.entropies)
+    return dataclasses.replace(trajectory, teacher_scores=scores)
 
 
 def loss_of(config: PipelineConfig) -> Loss:

@@ -21,7 +21,7 @@ from roll_opd.distributed.runtime import user_error
 from roll_opd.distributed.strategy.base import SAMPLED_ONLY, ScoreRequest, ScoreResult, ScoreWant
 from roll_opd.errors import EngineDiedError, RollOPDError, TeacherError
 from roll_opd.pipeline.batching import rank_shares, undeal
-from roll_opd.trajectory import TeacherScores, Trajectory, check_per_token
+from roll_opd.trajectory import DetailsRef, TeacherScores, Trajectory, check_per_token
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class TeacherPool:
     ) -> list[dict[str, TeacherScores]]:
         """Return, for each trajectory, the scores of each teacher that covers its tag.
 
-        Details, where they are wanted, are object references.
+        Details, where they are wanted, are references.
 
         Args:
             trajectories: what to score.
@@ -197,22 +197,24 @@ class TeacherPool:
             )
 
 
-def _ask(replica: Replica, requests: list[ScoreRequest], want: ScoreWant) -> tuple[list[Any], Sequence[Any]]:
+def _ask(
+    replica: Replica, requests: list[ScoreRequest], want: ScoreWant
+) -> tuple[list[Any], list[DetailsRef] | list[None]]:
     """Send each rank its share; return each rank's reference and each sequence's details (None: none wanted)."""
     layout = replica.layout
     shares = rank_shares(requests, layout.dp_size)
     answers: list[Any] = []
-    details: list[Sequence[Any]] = []
+    details: list[list[Any]] = []
     for worker, dp in zip(replica.workers, layout.dp_ranks, strict=True):
         share = shares[dp]
         if want.details and share:
-            call = worker.score_with_details.options(num_returns=1 + len(share))
-            answer, *parts = call.remote(share, want)
+            answer, call = worker.score_with_details.options(num_returns=2).remote(share, want)
+            details.append([DetailsRef(call, index) for index in range(len(share))])
         else:
             # A rank without a share takes part all the same: the ranks of a replica compute together.
-            answer, parts = worker.score.remote(share), [None] * len(share)
+            answer = worker.score.remote(share)
+            details.append([None] * len(share))
         answers.append(answer)
-        details.append(parts)
     return answers, undeal([details[rank] for rank in layout.answers])
 
 
@@ -252,6 +254,8 @@ def accept(trajectory: Trajectory, request: ScoreRequest, result: ScoreResult) -
     """
     if result.id != request.id or result.checksum != request.checksum:
         raise ValueError(f"asked for trajectory {trajectory.id}, got the scores of another sequence ({result.id})")
+    if result.logprobs is None:
+        return TeacherScores(None)
     if result.logprobs.shape != request.tokens.shape:
         raise ValueError(f"{len(result.logprobs)} scores for {len(request.tokens)} tokens of {trajectory.id}")
     logprobs = trajectory.spread(result.logprobs[request.response_mask])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, cast
 
@@ -27,6 +28,7 @@ from roll_opd.distributed.strategy.base import (
     ScoreResult,
     ScoreStrategy,
     ScoreWant,
+    TokenScores,
     TrainItem,
 )
 from roll_opd.distributed.strategy.factory import (
@@ -37,7 +39,7 @@ from roll_opd.distributed.strategy.factory import (
 from roll_opd.distributed.strategy.tokenizer import check_same_vocabulary, load_tokenizer, vocabulary_of
 from roll_opd.distributed.strategy.weight_transfer import TransferEnd, Way, WeightBucket, in_buckets, pack
 from roll_opd.distributed.worker import Worker, open_store
-from roll_opd.trajectory import FloatArray, TrajectoryId
+from roll_opd.trajectory import DetailsRef, FloatArray, TrajectoryId
 
 T = TypeVar("T")
 
@@ -47,6 +49,37 @@ DetailsKey = tuple[TrajectoryId, str]
 SIDE_BY_SIDE = {"vllm": 16, "remote": 16}
 """Calls that a backend works on at once. The others have one model and take call after call, in the order in which they
 were sent: ranks that hold a model together depend on it."""
+
+
+async def ready_together(stream: AsyncIterator[T]) -> AsyncGenerator[list[T], None]:
+    """Yield what ``stream`` yields, in lists: all that came while the list before was being dealt with.
+
+    What came before an error is yielded before the error is raised. Closing this ends ``stream``.
+    """
+    ready: list[T] = []
+    news = asyncio.Event()
+
+    async def listen() -> None:
+        try:
+            async for item in stream:
+                ready.append(item)
+                news.set()
+        finally:
+            news.set()
+
+    listening = asyncio.ensure_future(listen())
+    try:
+        while ready or not listening.done():
+            await news.wait()
+            news.clear()
+            if ready:
+                batch = ready.copy()
+                ready.clear()
+                yield batch
+        await listening
+    finally:
+        listening.cancel()
+        await asyncio.gather(listening, return_exceptions=True)
 
 
 class InferWorker(Worker):
@@ -100,25 +133,27 @@ class InferWorker(Worker):
         """Come back to the device."""
         await self._call(self.strategy.onload, weights_only)
 
-    async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[GenerateResult]:
-        """Yield responses as they finish."""
-        async for result in self._engine.generate(requests):
-            yield result
+    async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[list[GenerateResult]]:
+        """Yield responses as they finish; those that are ready together come together, which costs Ray one object."""
+        async with contextlib.aclosing(ready_together(self._engine.generate(requests))) as batches:
+            async for batch in batches:
+                yield batch
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
         """Score sequences, in their order."""
         return await self._call(self.strategy.score, requests, SAMPLED_ONLY)
 
-    async def score_with_details(self, requests: Sequence[ScoreRequest], want: ScoreWant) -> tuple[Any, ...]:
-        """Score sequences; return the results, then the details of each sequence.
+    async def score_with_details(
+        self, requests: Sequence[ScoreRequest], want: ScoreWant
+    ) -> tuple[list[ScoreResult], list[Any]]:
+        """Score sequences; return the results, and the details of each.
 
-        To be called with ``num_returns=1 + len(requests)``: every sequence's details are an object of their own, which
-        the caller owns (and so outlives this process) and passes on to a trainer without ever holding it.
+        To be called with ``num_returns=2``: the details are an object of their own, which the caller owns (and so
+        outlives this process) and passes on to a trainer without ever holding it. One for all of a call, because each
+        object costs the caller about a millisecond.
         """
         results = await self._call(self.strategy.score, requests, want)
-        # A rank that takes part without answering has no results, but as many return values as were asked for.
-        details = [r.details for r in results] or [None] * len(requests)
-        return [dataclasses.replace(r, details=None) for r in results], *details
+        return [dataclasses.replace(r, details=None) for r in results], [r.details for r in results]
 
     async def head(self) -> HeadWeights:
         """Return the output projection."""
@@ -181,23 +216,33 @@ class TrainWorker(Worker):
         """Take over a teacher's output projection."""
         self.strategy.set_teacher_head(teacher, head)
 
-    def fetch_details(self, refs: Mapping[DetailsKey, list[Any]]) -> list[DetailsKey]:
+    def fetch_details(self, refs: Mapping[DetailsKey, DetailsRef]) -> list[DetailsKey]:
         """Get the teachers' details that this rank's next optimizer steps need; return the keys of those that are lost.
 
         Before anything is computed: a rank that found out in the middle of a step would leave the others waiting.
+        Arrays are not copied: they stay in the object store's memory, each call's as long as any of them is held.
         """
         self._details = {}
+        calls: dict[Any, list[DetailsKey]] = {}
+        for key, ref in refs.items():
+            calls.setdefault(ref.call, []).append(key)
         lost = []
-        for key, (ref,) in refs.items():
+        for call, keys in calls.items():
             try:
-                self._details[key] = ray.get(ref)
+                parts = ray.get(call)
             except ObjectLostError:
-                lost.append(key)
+                lost += keys
+            else:
+                self._details |= {key: parts[refs[key].index] for key in keys}
         return lost
 
-    def train_step(self, micro_batches: Sequence[Sequence[TrainItem]], loss: Loss) -> dict[str, float]:
-        """One optimizer step."""
-        return self.strategy.train_step([[self._with_details(i) for i in row] for row in micro_batches], loss)
+    def train_step(
+        self, micro_batches: Sequence[Sequence[TrainItem]], loss: Loss, tell: bool
+    ) -> tuple[dict[str, float], list[TokenScores]]:
+        """One optimizer step; with ``tell``, also what its forward pass said of each trajectory."""
+        rows = [[self._with_details(item) for item in row] for row in micro_batches]
+        metrics = self.strategy.train_step(rows, loss, tell)
+        return metrics, self.strategy.token_scores()
 
     def _with_details(self, item: TrainItem) -> TrainItem:
         trajectory = item.trajectory

@@ -17,11 +17,17 @@ from roll_opd.errors import DataError
 logger = logging.getLogger(__name__)
 
 
-def atomic_write_text(path: Path, text: str) -> None:
+def atomic_write_text(path: Path, text: str, durable: bool = True) -> None:
     """Write ``text`` as UTF-8 so that ``path`` holds either its old content or all of the new.
 
     Creates the folder. The temporary file lies beside the target, because a rename is atomic only within a file system.
     Lone surrogates, which a byte-level tokenizer can produce, are written as ``\\udcXX``.
+
+    Args:
+        path: the file.
+        text: all of it.
+        durable: holds also where the machine itself crashes; waiting for the disk takes milliseconds, and much longer
+            on a shared file system.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own for every writer; mkstemp alone would also make the file private to its user (mode 0600).
@@ -30,8 +36,9 @@ def atomic_write_text(path: Path, text: str) -> None:
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         tmp.chmod(0o644)
         tmp.replace(path)
     finally:
@@ -44,13 +51,15 @@ def to_json(value: Any, indent: int | None = None) -> str:
 
 
 def _jsonable(value: Any) -> Any:
+    if isinstance(value, float):  # first: most values are, and whether one is a Mapping takes long to tell
+        # float() also takes a numpy.float64, a subclass of float whose repr is not a number.
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int)):
+        return value
     if isinstance(value, Mapping):
         return {str(key): _jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_jsonable(item) for item in value]
-    if isinstance(value, float):
-        # float() also takes a numpy.float64, a subclass of float whose repr is not a number.
-        return float(value) if math.isfinite(value) else None
     return str(value) if isinstance(value, Path) else value
 
 

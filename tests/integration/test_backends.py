@@ -182,7 +182,7 @@ def trained(start, teacher_logprobs) -> dict[str, Trained]:
 
     def step(cluster: Any, loss: Loss, batch: list[Trajectory]) -> dict[str, float]:
         rows = micro_batches(batch, cluster.config, cluster.layout.dp_size, "token-mean", LONGEST)
-        return cluster.call_shares("train_step", [(r, loss) for r in rows])[0]
+        return cluster.call_shares("train_step", [(r, loss, False) for r in rows])[0][0]
 
     found = {}
     for backend in TRAINERS:

@@ -18,7 +18,7 @@ from roll_opd.configs import (
     TrainingArguments,
     WorkerConfig,
 )
-from roll_opd.trajectory import Trajectory, TrajectoryId
+from roll_opd.trajectory import DetailsRef, Trajectory, TrajectoryId
 
 pytestmark = pytest.mark.integration
 
@@ -136,15 +136,15 @@ def one_step(trainers: dict, ranks: int, items: list[Trajectory], mode: str, per
     rows = micro_batches(items, config, ranks, mode, 64)
     if loss.divergence is not None and loss.divergence.support != "sampled":
         assert trainer.call_each("fetch_details", [(details_of(r),) for r in rows]) == [[]] * ranks
-    metrics = trainer.call_each("train_step", [(r, loss) for r in rows])
+    (metrics, _), *_ = trainer.call_each("train_step", [(r, loss, False) for r in rows])
     after = weights_of(trainer)
     gradient = np.concatenate([(before[name] - after[name]).ravel() for name in sorted(before)])
-    return metrics[0]["loss"], gradient, metrics[0]["grad_norm"]
+    return metrics["loss"], gradient, metrics["grad_norm"]
 
 
 def details_of(rows: list) -> dict:
     return {
-        (item.trajectory.id, name): [scores.details]
+        (item.trajectory.id, name): scores.details
         for row in rows
         for item in row
         for name, scores in item.trajectory.teacher_scores.items()
@@ -277,14 +277,14 @@ def test_lost_details_are_named_before_anything_is_computed(trainers: dict, teac
     @ray.remote(num_cpus=0)
     class Mortal:
         def put(self) -> list:
-            return [ray.put(np.zeros(1 << 20))]
+            return [ray.put([np.zeros(1 << 20)])]
 
     items = [t for t in taught(teacher, scored(trainers[1], trajectories(6)), ScoreWant(top_k=4)) if t.teacher_scores]
-    refs = {(t.id, "t"): [t.teacher_scores["t"].details] for t in items}
+    refs = {(t.id, "t"): t.teacher_scores["t"].details for t in items}
     assert trainers[1].call_each("fetch_details", [(refs,)]) == [[]]
     mortal = Mortal.remote()
     lost = items[0].id, "t"
-    refs[lost] = ray.get(mortal.put.remote())
+    refs[lost] = DetailsRef(*ray.get(mortal.put.remote()), 0)
     ray.kill(mortal)
     deadline = time.monotonic() + 30  # the death of an object's owner takes Ray a moment to notice
     while (found := trainers[1].call_each("fetch_details", [(refs,)])) == [[]] and time.monotonic() < deadline:
@@ -336,7 +336,7 @@ def test_generator_equals_trainer_after_weight_sync(cluster, trainers: dict, ran
         for i, t in enumerate(items)
     ]
     stream = infer.workers[0].generate.options(num_returns="streaming").remote(requests)
-    results = {r.id: r for r in map(ray.get, stream)}
+    results = {r.id: r for batch in map(ray.get, stream) for r in batch}
     assert all((r.weight_version == 1).all() for r in results.values())
     sampled = []
     for t in items:

@@ -82,13 +82,15 @@ class SpiedInfer(Spied, InferWorker):
     async def generate(self, requests):
         self.note(f"generate {self.weights()}")
         last = None
-        async for result in super().generate(requests):
+        async for results in super().generate(requests):
             if last is not None:
-                yield last
-            last = result
+                results.insert(0, last)
+            last = results.pop()
+            if results:
+                yield results
         if "HOLDS_LAST" in os.environ and last.id.stream == "train":
             await self.wait_for_scoring()
-        yield last
+        yield [last]
         self.note("generated")
 
     async def wait_for_scoring(self) -> None:
@@ -143,9 +145,9 @@ class SpiedTrain(Spied, TrainWorker):
         self.note(f"heads {teacher}")
         super().set_teacher_head(teacher, head)
 
-    def train_step(self, micro_batches, loss):
+    def train_step(self, micro_batches, loss, tell):
         self.note("train")
-        return super().train_step(micro_batches, loss)
+        return super().train_step(micro_batches, loss, tell)
 
     def save(self, folder) -> None:
         self.note("save")

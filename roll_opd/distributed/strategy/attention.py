@@ -92,9 +92,12 @@ def varlen_attention(
     options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     if cu_seq_lens_q is None:
         width = attention_mask.shape[-1] if attention_mask is not None else key.shape[2]
-        out = scaled_dot_product_attention(
-            query, key[:, :, :width], value[:, :, :width], attn_mask=attention_mask, dropout_p=dropout, **options
-        )
+        key, value, shape = key[:, :, :width], value[:, :, :width], query.shape
+        if shape[2] == 1 and options["enable_gqa"]:
+            # The heads that share keys are queries of one head: nothing has to be repeated for them.
+            query, options["enable_gqa"] = query.view(shape[0], key.shape[1], -1, shape[3]), False
+        out = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout, **options)
+        out = out.reshape(shape)
     else:
         bounds = cu_seq_lens_q.tolist()
         out = torch.cat(

@@ -88,11 +88,14 @@ class ScoreWant:
         top_k: log-probabilities of the scorer's own ``k`` most probable tokens.
         given: log-probabilities of the ids that come with each request.
         hidden: final hidden states, from which the receiver forms whole distributions.
+        logprobs: whether the sampled token's log-probability is wanted. A receiver of hidden states can do without, and
+            then the scorer leaves its head alone.
     """
 
     top_k: int = 0
     given: bool = False
     hidden: bool = False
+    logprobs: bool = True
 
     @property
     def details(self) -> bool:
@@ -128,14 +131,14 @@ class ScoreResult:
     Attributes:
         id: of the request.
         checksum: of the tokens that were scored.
-        logprobs: ``[T]`` float32, 0 where none were wanted.
+        logprobs: ``[T]`` float32, 0 where none were wanted; None where none were wanted at all.
         entropies: ``[T]`` float32, likewise; None where the scorer does not see whole distributions.
         details: what a :class:`ScoreWant` asked for besides.
     """
 
     id: TrajectoryId
     checksum: int
-    logprobs: FloatArray
+    logprobs: FloatArray | None
     entropies: FloatArray | None = None
     details: SupportScores | RawTensor | None = None
 
@@ -158,6 +161,23 @@ class TrainItem:
 
     trajectory: Trajectory
     token_weight: float
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What an update's own forward pass says of one trajectory, with the weights as they were before the update.
+
+    Attributes:
+        id: of the trajectory.
+        logprobs: ``[T]`` float32, 0 where no token was sampled.
+        entropies: likewise.
+        teachers: teacher -> log-probabilities, likewise, of those whose whole distributions the loss compares with.
+    """
+
+    id: TrajectoryId
+    logprobs: FloatArray
+    entropies: FloatArray
+    teachers: dict[str, FloatArray]
 
 
 @runtime_checkable
@@ -280,8 +300,17 @@ class TrainStrategy(Resident, Protocol):
         """Score this rank's ``requests``; ranks with fewer take part with empty rows."""
         ...
 
-    def train_step(self, micro_batches: Sequence[Sequence[TrainItem]], loss: Loss) -> dict[str, float]:
-        """One optimizer step over this rank's ``micro_batches`` (equally many on each rank)."""
+    def train_step(
+        self, micro_batches: Sequence[Sequence[TrainItem]], loss: Loss, tell: bool = False
+    ) -> dict[str, float]:
+        """One optimizer step over this rank's ``micro_batches`` (equally many on each rank).
+
+        With ``tell``, what its forward pass said of each trajectory is kept for :meth:`token_scores`.
+        """
+        ...
+
+    def token_scores(self) -> list[TokenScores]:
+        """Return what the last optimizer step's forward pass said of this rank's items, in no certain order."""
         ...
 
     def set_teacher_head(self, teacher: str, head: HeadWeights) -> None:

@@ -1,7 +1,7 @@
 """A batched decoding loop over a static key-value cache, for the ``hf_infer`` strategy.
 
 Prompts are left-padded to one width; each prompt of a group is computed once and its cache copied to the group's
-samples. Sequences that have finished leave the batch when they are half of it, and are handed out at once.
+samples. Sequences that have finished are handed out at once, and leave the batch when they are an eighth of it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from roll_opd.algorithms.sampler import sample, token_logprob
 from roll_opd.distributed.strategy.base import GenerateRequest, GenerateResult, Sampling
 from roll_opd.distributed.strategy.packed_model import PackedModel
 from roll_opd.trajectory import FinishReason
+
+LEAVE = 8
+"""One in so many rows may be a sequence that has finished, before the others are copied to a smaller batch."""
 
 
 @dataclass
@@ -54,7 +57,6 @@ class DecodingLoop:
         model: the weights; its device decides where the work is done.
         stop_ids: token ids that end a response (and belong to it).
         decode: turns token ids into text; used for stop strings alone.
-        pause: called between two steps.
     """
 
     def __init__(
@@ -62,21 +64,18 @@ class DecodingLoop:
         model: PackedModel,
         stop_ids: Sequence[int],
         decode: Callable[[list[int]], str],
-        pause: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
         self.stop_ids = frozenset(stop_ids)
         self.decode = decode
-        self.pause = pause
 
     @torch.inference_mode()
     def run(self, requests: Sequence[GenerateRequest], version: int) -> Iterator[GenerateResult]:
         """Sample one batch (all requests with the same :class:`Sampling`); yield results as sequences finish."""
         sampling = requests[0].sampling
         live = [_Sequence(r, _uniforms(r.seed, sampling.max_new_tokens)) for r in requests]
-        logits, cache, visible = self._prefill(requests, sampling.max_new_tokens)
+        logits, cache, visible, width = self._prefill(requests, sampling.max_new_tokens)
         for step in range(sampling.max_new_tokens):
-            self.pause()
             self._draw(live, logits, step, sampling)
             last = step + 1 == sampling.max_new_tokens
             for sequence in live:
@@ -86,17 +85,22 @@ class DecodingLoop:
             keep = [i for i, s in enumerate(live) if s.finish_reason is None]
             if last or not keep:
                 break
-            if 2 * len(keep) <= len(live):
+            if LEAVE * (len(live) - len(keep)) >= len(live):
                 live = [live[i] for i in keep]
                 visible = visible[torch.tensor(keep, device=visible.device)]
                 _select_rows(cache, keep)
-            logits, visible = self._forward_one([s.tokens[-1] for s in live], cache, visible)
+            width += 1
+            logits = self._forward_one([s.tokens[-1] for s in live], cache, visible[:, :width])
         for sequence in live:
             if sequence.finish_reason is None:
                 yield sequence.result(version)
 
-    def _prefill(self, requests: Sequence[GenerateRequest], max_new: int) -> tuple[Tensor, StaticCache, Tensor]:
-        """Compute each distinct prompt once; return next-token logits, cache, and the visible-key mask ``[b, P]``."""
+    def _prefill(self, requests: Sequence[GenerateRequest], max_new: int) -> tuple[Tensor, StaticCache, Tensor, int]:
+        """Compute each distinct prompt once.
+
+        Returns:
+            Next-token logits, cache, the mask of visible keys ``[b, P + max_new]`` (those to come are), and ``P``.
+        """
         device = next(self.model.parameters()).device
         distinct = list(dict.fromkeys(r.prompt_ids for r in requests))
         row_of = {prompt: i for i, prompt in enumerate(distinct)}
@@ -117,14 +121,14 @@ class DecodingLoop:
         rows = [row_of[r.prompt_ids] for r in requests]
         _select_rows(cache, rows)
         index = torch.tensor(rows, device=device)
-        return logits[index], cache, visible[index]
+        visible = torch.nn.functional.pad(visible[index], (0, max_new), value=True)
+        return logits[index], cache, visible, width
 
-    def _forward_one(self, tokens: list[int], cache: StaticCache, visible: Tensor) -> tuple[Tensor, Tensor]:
-        """Feed one token per row; return next-token logits and the grown mask."""
-        visible = torch.cat([visible, visible.new_ones(len(visible), 1)], dim=1)
+    def _forward_one(self, tokens: list[int], cache: StaticCache, visible: Tensor) -> Tensor:
+        """Feed one token per row, whose own key is the last one that is visible; return next-token logits."""
         column = torch.tensor(tokens, device=visible.device)[:, None]
         positions = visible.sum(-1, keepdim=True) - 1
-        return self._logits(column, positions, visible[:, None, None, :], cache), visible
+        return self._logits(column, positions, visible[:, None, None, :], cache)
 
     def _logits(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: StaticCache) -> Tensor:
         output = self.model.lm.base_model(
@@ -139,7 +143,8 @@ class DecodingLoop:
         """Append one token to every unfinished sequence and note which of them end with it."""
         if sampling.greedy:
             tokens = logits.argmax(-1)
-            logprobs, kept = token_logprob(logits, tokens), torch.exp(token_logprob(logits, tokens))
+            logprobs = token_logprob(logits, tokens)
+            kept = logprobs.exp()
         else:
             uniform = torch.tensor([s.uniforms[step] for s in live], dtype=torch.float64, device=logits.device)
             tokens, logprobs, kept = sample(

@@ -18,6 +18,7 @@ from roll_opd.distributed.strategy.base import (
     ScoreRequest,
     ScoreResult,
     ScoreWant,
+    TokenScores,
     TrainItem,
 )
 from roll_opd.distributed.strategy.loss_inputs import row_loss
@@ -55,6 +56,7 @@ class FSDP2Strategy:
         checkpoint = Checkpoint(AutoModelForCausalLM, config.model_args, role=role, device=device, dtype=torch.float32)
         self.model = packed_model_of(checkpoint, checkpoint.empty(), vocabulary.size, config.logits_in_fp32)
         self._teacher_heads: dict[str, Head] = {}
+        self._said: list[TokenScores] = []
         self._tied = _tied_names(self.model.lm)
         self.trainer = ShardedTrainer(
             config,
@@ -78,7 +80,9 @@ class FSDP2Strategy:
         """See :class:`~roll_opd.distributed.strategy.base.TrainStrategy`; every rank holds a whole copy."""
         self._teacher_heads[teacher] = head_of(head, self.device)
 
-    def train_step(self, micro_batches: Sequence[Sequence[TrainItem]], loss: Loss) -> dict[str, float]:
+    def train_step(
+        self, micro_batches: Sequence[Sequence[TrainItem]], loss: Loss, tell: bool = False
+    ) -> dict[str, float]:
         """See :class:`~roll_opd.distributed.strategy.base.TrainStrategy`.
 
         Returns:
@@ -89,14 +93,20 @@ class FSDP2Strategy:
             TrainingError: the gradient is not finite; no weight has been changed.
         """
         ratios = [0.0]
+        self._said = []
+        said = self._said if tell else None
 
         def loss_of(items: Sequence[TrainItem]) -> tuple[Tensor, dict[str, Tensor]]:
-            total, stats = row_loss(self.model, items, loss, self._teacher_heads, self.device)
+            total, stats = row_loss(self.model, items, loss, self._teacher_heads, self.device, said)
             if stats["ratio"].numel():
                 ratios.append(float(stats["ratio"].max()))
             return total, stats
 
         return self.trainer.update(micro_batches, loss_of) | {"max/ratio": max(ratios)}
+
+    def token_scores(self) -> list[TokenScores]:
+        """See :class:`~roll_opd.distributed.strategy.base.TrainStrategy`."""
+        return self._said
 
     # ---- weights -------------------------------------------------------------------------------------------------
 

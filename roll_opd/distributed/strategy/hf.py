@@ -23,7 +23,7 @@ from roll_opd.distributed.strategy.base import (
     ScoreWant,
 )
 from roll_opd.distributed.strategy.decoding import DecodingLoop
-from roll_opd.distributed.strategy.packed_model import PackedModel, load_model, raw_of
+from roll_opd.distributed.strategy.packed_model import PackedModel, decoder_layers, load_model, raw_of
 from roll_opd.distributed.strategy.scoring import in_order_of, rows_of, score_row
 from roll_opd.distributed.strategy.threads import LentThreads
 from roll_opd.distributed.strategy.tokenizer import Vocabulary
@@ -70,7 +70,10 @@ class HFStrategy:
             )
         self.version = 0
         self._threads = LentThreads(torch.get_num_threads())
-        self._loop = DecodingLoop(self.model, vocabulary.stop_ids, vocabulary.decode, self._threads.pause)
+        # Between two layers: a row of long sequences would keep the others waiting.
+        for layer in decoder_layers(self.model.lm):
+            layer.register_forward_pre_hook(lambda *_: self._threads.pause())
+        self._loop = DecodingLoop(self.model, vocabulary.stop_ids, vocabulary.decode)
         # One request list, scoring call or weight update at a time: they share the weights and the cores.
         self._lock = threading.Lock()
         self._parameters = dict(self.model.lm.named_parameters(remove_duplicate=False))
@@ -106,11 +109,8 @@ class HFStrategy:
     def score(self, requests: Sequence[ScoreRequest], want: ScoreWant = SAMPLED_ONLY) -> list[ScoreResult]:
         """See :class:`~roll_opd.distributed.strategy.base.ScoreStrategy`."""
         rows = rows_of(requests, self.config)
-        results: list[ScoreResult] = []
         with self._lock, self._threads.working(), torch.inference_mode():
-            for row in rows:
-                self._threads.pause()
-                results += score_row(self.model, row, want)
+            results = [result for row in rows for result in score_row(self.model, row, want)]
         return in_order_of(requests, rows, results)
 
     def use_threads(self, count: int) -> None:
@@ -165,9 +165,10 @@ class HFStrategy:
     def finish_weight_update(self, version: int) -> Mapping[str, int]:
         """See :class:`~roll_opd.distributed.strategy.base.GenerateStrategy`."""
         self.version = version
-        sums = {name: tensor_checksum(p) for name, p in self._parameters.items()}
+        # A tied weight is there under each of its names.
+        sums = {p: tensor_checksum(p) for p in self.model.lm.parameters()}
         self._lock.release()
-        return sums
+        return {name: sums[p] for name, p in self._parameters.items()}
 
     def weight_dtype(self) -> str:
         """The dtype in which weights should be sent here, as torch names it."""

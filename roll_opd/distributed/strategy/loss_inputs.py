@@ -12,7 +12,7 @@ from torch import Tensor
 
 from roll_opd.algorithms.chunked_head import FullTarget, Head, HeadOutputs, SupportTarget
 from roll_opd.algorithms.loss import DivergenceLoss, Loss, LossInputs
-from roll_opd.distributed.strategy.base import TrainItem
+from roll_opd.distributed.strategy.base import TokenScores, TrainItem
 from roll_opd.distributed.strategy.packed_model import tensor_of
 from roll_opd.trajectory import REFERENCE, FloatArray, PackedBatch, RawTensor, SupportScores, Trajectory
 
@@ -33,13 +33,17 @@ def row_loss(
     loss: Loss,
     teacher_heads: Mapping[str, Head],
     device: torch.device,
+    said: list[TokenScores] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return a packed row's share of the loss, and per-token quantities of those tokens that count.
 
-    The quantities are those of ``loss``, and ``entropy`` and ``tokens``, which is 1 for each.
+    The quantities are those of ``loss``, and ``entropy`` and ``tokens``, which is 1 for each. What the forward pass
+    says of each trajectory is added to ``said``, unless that is None.
     """
     row = RowTensors(items, loss, teacher_heads, device)
     outputs, _ = model.token_logprobs(row.batch, row.targets)
+    if said is not None:
+        said += row.token_scores(outputs)
     losses, stats = loss(row.inputs(outputs))
     counted = row.token_weights > 0
     stats = {name: values[counted] for name, values in stats.items()}
@@ -66,6 +70,7 @@ class RowTensors:
     def __init__(
         self, items: Sequence[TrainItem], loss: Loss, teacher_heads: Mapping[str, Head], device: torch.device
     ) -> None:
+        self._items = items
         self.trajectories = [item.trajectory for item in items]
         self.counts = [t.response_length for t in self.trajectories]
         # Tokens of each stretch that shares a policy ratio, where tokens do not have one each.
@@ -97,7 +102,8 @@ class RowTensors:
         return LossInputs(
             logprobs=outputs.logprobs_n,
             entropy=outputs.entropy_n,
-            old_logprobs=self._of(lambda t: t.old_logprobs),
+            # Where nobody has asked for them before, these are they: the weights have not moved yet.
+            old_logprobs=outputs.logprobs_n.detach() if self._unscored else self._of(lambda t: t.old_logprobs),
             advantages=self._of(lambda t: t.advantages),
             policy_weights=self._of(lambda t: t.policy_weights, missing=1.0),
             segments=self._put(np.repeat(np.arange(len(self.stretches)), self.stretches)),
@@ -110,6 +116,24 @@ class RowTensors:
                 for name in self.teachers
             },
         )
+
+    def token_scores(self, outputs: HeadOutputs) -> list[TokenScores]:
+        """What the model's head, and the teachers' of whole vocabularies, say of each trajectory."""
+        by_teacher = dict(zip(self.target_names, outputs.teacher_logprobs, strict=True))
+        columns = [outputs.logprobs_n, outputs.entropy_n, *by_teacher.values()]
+        table = torch.stack([c.detach().float() for c in columns]).cpu().numpy()
+        parts = np.split(table, np.cumsum(self.counts)[:-1], axis=1)
+        scores = []
+        for item, t, (logprobs, entropies, *teachers) in zip(self._items, self.trajectories, parts, strict=True):
+            # An item that does not count stands in for another, and no teacher was compared with.
+            if item.token_weight > 0:
+                named = {n: t.spread(v) for n, v in zip(by_teacher, teachers, strict=True) if n in t.divergence_weights}
+                scores.append(TokenScores(t.id, t.spread(logprobs), t.spread(entropies), named))
+        return scores
+
+    @property
+    def _unscored(self) -> bool:
+        return all(t.old_logprobs is None for t in self.trajectories)
 
     def _scored_by(self, name: str) -> bool:
         return any(name in t.teacher_scores for t in self.trajectories)

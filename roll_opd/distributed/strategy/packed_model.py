@@ -224,6 +224,12 @@ def own_attention(lm: PreTrainedModel) -> Iterator[None]:
     lm.set_attn_implementation(ours)
 
 
+def decoder_layers(lm: Any) -> Iterator[nn.Module]:
+    """The layers that a transformers model is made of, in order."""
+    layers = getattr(lm.base_model, "layers", None)
+    yield from layers if layers is not None else []
+
+
 def raw_of(tensor: Tensor) -> RawTensor:
     """Turn a tensor into what travels between processes."""
     return RawTensor(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), as_bytes(tensor))

@@ -41,26 +41,32 @@ def score_row(model: PackedModel, row: Sequence[ScoreRequest], want: ScoreWant =
     batch = PackedBatch.pack([r.tokens for r in row], [r.response_mask for r in row])
     given = _given_ids(row) if want.given else None
 
-    def apply(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor | None, Any]:
+    def apply(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor | None, Tensor | None, Any]:
         if want.top_k or want.given:
             ids = None if given is None else given.to(hidden.device)
             logprobs, *over_set = support_scores(hidden, head, targets, want.top_k, ids)
             return logprobs, None, over_set
+        if not want.logprobs:
+            # What log-probabilities would show, were they formed here.
+            if not bool(torch.isfinite(hidden).all()):
+                raise ValueError("hidden states that are not finite")
+            return None, None, hidden
         outputs = head_outputs(hidden, head, targets)
         return outputs.logprobs_n, outputs.entropy_n, hidden if want.hidden else None
 
     (logprobs, entropy, extra), target = model.at_sampled_tokens(batch, apply)
     details = _details(extra, [int(r.response_mask.sum()) for r in row])
 
-    def spread(values: Tensor) -> list[np.ndarray[Any, Any]]:
+    def spread(values: Tensor | None) -> Sequence[np.ndarray[Any, Any] | None]:
+        if values is None:
+            return [None] * len(row)
         out = np.zeros(len(batch.tokens), dtype=np.float32)
         out[target] = values.float().cpu().numpy()
         return batch.split(out)
 
-    entropies = [None] * len(row) if entropy is None else spread(entropy)
     return [
         ScoreResult(r.id, r.checksum, v, e, d)
-        for r, v, e, d in zip(row, spread(logprobs), entropies, details, strict=True)
+        for r, v, e, d in zip(row, spread(logprobs), spread(entropy), details, strict=True)
     ]
 
 

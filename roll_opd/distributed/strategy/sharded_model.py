@@ -27,7 +27,7 @@ from roll_opd.configs.backends.fsdp2 import FSDP2Settings
 from roll_opd.configs.model_args import ModelArguments
 from roll_opd.configs.worker_config import WorkerConfig
 from roll_opd.distributed.strategy.base import ScoreRequest
-from roll_opd.distributed.strategy.packed_model import check_forward
+from roll_opd.distributed.strategy.packed_model import check_forward, decoder_layers
 from roll_opd.distributed.strategy.pretrained import DTYPES, Checkpoint, own_part
 from roll_opd.distributed.strategy.residence import Residence
 from roll_opd.distributed.strategy.scoring import idle_request, in_order_of, rows_of
@@ -103,7 +103,7 @@ class ShardedModel:
             "mesh": mesh,
             "offload_policy": offload if self.settings.offload_policy else OffloadPolicy(),
         }
-        for layer in _decoder_layers(self.lm):
+        for layer in decoder_layers(self.lm):
             fully_shard(layer, mp_policy=policy, reshard_after_forward=self.settings.reshard_after_forward, **options)
         for module in full_precision:
             fully_shard(module, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32), **options)
@@ -222,11 +222,6 @@ def on_device(device: torch.device, tensors: Iterable[Tensor]) -> Iterator[Tenso
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
-
-
-def _decoder_layers(lm: Any) -> Iterator[nn.Module]:
-    layers = getattr(lm.base_model, "layers", None)
-    yield from layers if layers is not None else []
 
 
 def _put_adapters_into(lm: Any, args: ModelArguments, role: str, trains: bool) -> Adapters | None:

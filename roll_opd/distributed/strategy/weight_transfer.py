@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,8 +38,11 @@ Way = Literal["host", "handles", "group"]
 HOST = "cpu"
 """Key of memory that every process of the node can read."""
 
-_WORDS = 1 << 20
-"""Words of a tensor that a checksum looks at together: bounds the memory that it needs."""
+_ROW = 1 << 12
+"""Words of a tensor that its checksum sums first; such rows have multipliers of their own."""
+
+_ROWS = 1 << 8
+"""Rows whose products a checksum forms at a time where it must hold them: bounds the memory that it needs."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ class TransferEnd:
             self._group.broadcast(tensor.detach().contiguous())
 
     def tensors_of(self, bucket: WeightBucket) -> Iterator[tuple[str, Tensor]]:
-        """Yield each name and its tensor, on this device or on the CPU; to be copied, not kept.
+        """Yield each name and its tensor, on this device or on the CPU; to be copied, not kept, and never written to.
 
         Raises:
             GenerationError: the bucket holds nothing for this device.
@@ -236,8 +240,11 @@ def device_key(device: torch.device) -> str:
 
 def _unpacked(bucket: WeightBucket) -> Iterator[Tensor]:
     for spec, raw in zip(bucket.specs, bucket.raw, strict=True):
-        # copy(): what comes from the object store is read-only memory.
-        yield _as_tensor(spec, torch.from_numpy(raw.copy()))
+        with warnings.catch_warnings():
+            # What comes from the object store is read-only memory. Nobody writes to what a bucket hands out.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            tensor = torch.from_numpy(raw)
+        yield _as_tensor(spec, tensor)
 
 
 def _as_tensor(spec: TensorSpec, raw: Tensor) -> Tensor:
@@ -276,21 +283,41 @@ def as_bytes(tensor: Tensor) -> NDArray[np.uint8]:
 def tensor_checksum(tensor: Tensor) -> int:
     """Checksum of a tensor's bytes, formed where the tensor is; equal on both sides of a transfer.
 
-    ``sum_i word_i c_i mod 2^64`` over its 64-bit words, with an odd multiplier ``c_i`` for each position: it notices
-    every single word that changed, and words that changed places, in whatever order it is summed.
+    ``sum_r row_r sum_i column_i word_ri mod 2^64`` over its 64-bit words, in rows of 4,096. All multipliers are odd:
+    every single word that changed is noticed. Each place has another: so are words that changed places (except by
+    chance where they differ in nothing but their highest bits). Sums of integers are exact in whatever order.
     """
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     if flat.numel() % 8 or flat.storage_offset() % 8:
         flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
     words = flat.view(torch.int64)
-    total = 0
-    for number, part in enumerate(words.split(_WORDS)):
-        places = _places(part.device)[: part.numel()]
-        total += int((part * places).sum()) * (2 * number + 1)
-    return total & 0xFFFFFFFFFFFFFFFF
+    columns = _multipliers(0, _ROW, words.device)
+    whole = words.numel() // _ROW * _ROW
+    rest = words[whole:]
+    sums = (rest * columns[: rest.numel()]).sum(0, keepdim=True)
+    if whole:
+        sums = torch.cat([_products(words[:whole].view(-1, _ROW), columns), sums])
+    return int((sums * _multipliers(_ROW, sums.numel(), words.device)).sum()) & 0xFFFFFFFFFFFFFFFF
 
 
-@functools.cache
-def _places(device: torch.device) -> Tensor:
-    """Odd multipliers: a linear congruence's low bit is set, so that no bit of a word is lost. Products wrap around."""
-    return torch.arange(_WORDS, device=device).mul_(-7046029254386353131).bitwise_or_(1)
+def _products(rows: Tensor, columns: Tensor) -> Tensor:
+    if rows.device.type == "cpu":
+        return rows.mv(columns)
+    return _row_sums(rows, columns)
+
+
+def _row_sums(rows: Tensor, columns: Tensor) -> Tensor:
+    """The same on CUDA, which has no matrix product of integers."""
+    return torch.cat([(some * columns).sum(1) for some in rows.split(_ROWS)])
+
+
+@functools.lru_cache(maxsize=64)
+def _multipliers(first: int, count: int, device: torch.device) -> Tensor:
+    """Multipliers of places ``first`` and following: hashes, because a progression's differences share their low bits.
+
+    Odd, so that no bit of a word is lost. Products wrap around.
+    """
+    numbers = torch.arange(first, first + count, device=device).mul_(-7046029254386353131)
+    for factor in (-4658895280553007687, -7723592293110705685):
+        numbers.bitwise_xor_(numbers >> 29).mul_(factor)
+    return numbers.bitwise_xor_(numbers >> 32).bitwise_or_(1)

@@ -16,13 +16,14 @@ from roll_opd.pipeline.agentic.episodes import EnvTask, EpisodeRollout, Privileg
 from roll_opd.pipeline.base_pipeline import BasePipeline
 from roll_opd.pipeline.generation import Generation
 from roll_opd.pipeline.metrics import environment_metrics, episode_metrics
+from roll_opd.pipeline.needs import want_of
 from roll_opd.pipeline.preflight.env_checks import ENV_CHECKS
 from roll_opd.pipeline.preflight.facts import Facts
 from roll_opd.pipeline.preflight.finding import errors_of, run_checks, wanted
 from roll_opd.pipeline.preflight.model_checks import MODEL_CHECKS
 from roll_opd.pipeline.preflight.probe import MAX_NEW_TOKENS, NUM_PROMPTS, STREAM
 from roll_opd.pipeline.preflight.setting_checks import SETTING_CHECKS
-from roll_opd.pipeline.role_clusters import RoleClusters, want_of
+from roll_opd.pipeline.role_clusters import RoleClusters
 from roll_opd.pipeline.rollout import Engines
 from roll_opd.pipeline.trajectory_stream import Batch, TrajectoryStream
 from roll_opd.pipeline.validation import sampling_of, validation_metrics

@@ -301,7 +301,6 @@ class EpisodeRollout:
             ranked = [t.result.top_ids for t in mine if t.result.top_ids is not None]
             extras: dict[str, Any] = {
                 "prompt": self.tokenizer.decode(tokens[: segment.spans[0][0]].tolist()),
-                "response": "\n".join(t.text for t in mine),
             }
             if number == 0:
                 extras["env_metrics"] = aggregate([t.outcome.info for t in taken])

@@ -81,7 +81,7 @@ def noise_floor(trajectories: Sequence[Trajectory]) -> NoiseFloor:
 def repeat_gap(first: Sequence[Trajectory], again: Sequence[Trajectory], scorer: str) -> float | None:
     """Largest |difference| in nats between two scores of the same tokens; None where ``scorer`` saw none."""
     gaps = [
-        np.abs(a.sampled(a.teacher_scores[scorer].logprobs) - b.sampled(b.teacher_scores[scorer].logprobs)).max()
+        np.abs(a.sampled(a.said_by(scorer)) - b.sampled(b.said_by(scorer))).max()
         for a, b in zip(first, again, strict=True)
         if scorer in a.teacher_scores
     ]
@@ -91,9 +91,7 @@ def repeat_gap(first: Sequence[Trajectory], again: Sequence[Trajectory], scorer:
 def log_ratio(trajectories: Sequence[Trajectory], scorer: str) -> float | None:
     """Mean |teacher - student| in nats over the sampled tokens that ``scorer`` saw; None without any."""
     gaps: list[NDArray[np.float32]] = [
-        np.abs(t.sampled(t.teacher_scores[scorer].logprobs) - t.sampled(_old(t)))
-        for t in trajectories
-        if scorer in t.teacher_scores
+        np.abs(t.sampled(t.said_by(scorer)) - t.sampled(_old(t))) for t in trajectories if scorer in t.teacher_scores
     ]
     return float(np.concatenate(gaps).mean()) if gaps else None
 

@@ -26,6 +26,7 @@ class PromptRollout:
     Args:
         generation: asks the engines.
         decode: response token ids to the text that rewards see.
+        graded: whether a reward sees the samples with this tag.
         contexts: prompt -> what scorers see in its place, by scorer (privileged context).
     """
 
@@ -33,10 +34,12 @@ class PromptRollout:
         self,
         generation: Generation,
         decode: Callable[[list[int]], str],
+        graded: Callable[[str], bool],
         contexts: Callable[[Prompt], Mapping[str, tuple[int, ...]]] | None = None,
     ) -> None:
         self.generation = generation
         self.decode = decode
+        self.graded = graded
         self.contexts = contexts
 
     async def run(self, job: RolloutJob, finished: Callable[[Sample], None]) -> None:
@@ -65,9 +68,11 @@ class PromptRollout:
 
     def _sample(self, prompt: Prompt, result: GenerateResult) -> Sample:
         trajectory, row = self._trajectory(prompt, result), prompt.row
+        if not self.graded(row.tag):
+            return Sample(trajectory.id.draw, trajectory.id.sample, (trajectory,))
         item = RewardItem(
             id=str(trajectory.id),
-            response=trajectory.extras["response"],
+            response=self.decode(result.response_ids.tolist()),
             ground_truth=row.ground_truth,
             prompt=prompt.text,
             tag=row.tag,
@@ -83,11 +88,6 @@ class PromptRollout:
         def behind_prompt(values: np.ndarray, fill: float, dtype: type) -> np.ndarray:
             return np.concatenate([np.full(before, fill, dtype=dtype), values.astype(dtype)])
 
-        extras = {
-            "ground_truth": prompt.row.ground_truth,
-            "prompt": prompt.text,
-            "response": self.decode(result.response_ids.tolist()),
-        }
         trajectory = Trajectory(
             id=TrajectoryId(*result.id),
             tag=prompt.row.tag,
@@ -99,7 +99,7 @@ class PromptRollout:
             sampled_mass=result.sampled_mass,
             top_ids=result.top_ids,
             contexts={} if self.contexts is None else self.contexts(prompt),
-            extras=extras,
+            extras={"ground_truth": prompt.row.ground_truth, "prompt": prompt.text},
         )
         check_sampled(trajectory)
         return trajectory

@@ -12,6 +12,7 @@ from roll_opd.distributed.strategy.base import Sampling
 from roll_opd.pipeline.base_pipeline import BasePipeline
 from roll_opd.pipeline.generation import Generation
 from roll_opd.pipeline.metrics import reward_metrics
+from roll_opd.pipeline.needs import want_of
 from roll_opd.pipeline.preflight.data_checks import DATA_CHECKS
 from roll_opd.pipeline.preflight.facts import Facts
 from roll_opd.pipeline.preflight.finding import errors_of, run_checks, wanted
@@ -21,7 +22,7 @@ from roll_opd.pipeline.preflight.setting_checks import SETTING_CHECKS
 from roll_opd.pipeline.reward_pool import RewardPool
 from roll_opd.pipeline.rlvr.prompt_rollout import PromptRollout
 from roll_opd.pipeline.rlvr.prompt_source import PromptSource
-from roll_opd.pipeline.role_clusters import RoleClusters, want_of
+from roll_opd.pipeline.role_clusters import RoleClusters
 from roll_opd.pipeline.rollout import Engines
 from roll_opd.pipeline.trajectory_stream import TEACHER_ROLE, Batch, TrajectoryStream
 from roll_opd.pipeline.validation import sampling_of, validation_metrics
@@ -57,6 +58,7 @@ class RLVRPipeline(BasePipeline):
         rollout = PromptRollout(
             Generation(self._revive, config.rpc_timeout),
             lambda ids: str(self.tokenizer.decode(ids, skip_special_tokens=True)),
+            lambda tag: clusters.reward_pool.route(tag) is not None,
             self.source.contexts_of if self.source.contexts else None,
         )
         return TrajectoryStream(

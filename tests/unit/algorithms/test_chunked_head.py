@@ -790,3 +790,17 @@ def test_buckets_agree_with_the_full_target() -> None:
     for divergence in DIVERGENCES:
         (got,) = head_outputs(hidden, head, targets, [FullTarget(divergence, t_hidden, t_head, 0.3)]).divergences
         assert (got - bucket_divergence(divergence, p, q, 0.3)).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("chunk", [3, 64])
+def test_what_teachers_of_a_whole_vocabulary_say_of_the_targets(chunk: int) -> None:
+    hidden, head, targets = student()
+    rows = torch.tensor([4, 1, 6])
+    divergences = [build("full", "reverse_kl"), build("full", "jsd", rows), build("teacher_topk", "forward_kl")]
+    out = head_outputs(hidden.requires_grad_(True), head, targets, divergences, chunk_tokens=chunk)
+    expected = naive_logprobs(*teacher())[torch.arange(len(targets)), targets]
+    everywhere, some, none = out.teacher_logprobs
+    torch.testing.assert_close(everywhere, expected)
+    torch.testing.assert_close(some, torch.zeros_like(expected).index_copy(0, rows, expected[rows]))
+    assert not none.any()
+    assert out.divergences[0].requires_grad and not any(x.requires_grad for x in out.teacher_logprobs)

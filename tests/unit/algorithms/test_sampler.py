@@ -1,4 +1,4 @@
-"""The sampler against the exact distribution, by chi-square with fixed seeds."""
+"""The sampler against the exact distribution: chi-square with fixed seeds, and grids of uniforms, which are sharper."""
 
 from __future__ import annotations
 
@@ -76,6 +76,103 @@ def test_the_chi_square_would_notice_a_wrong_distribution() -> None:
     assert p_value(chi_square, int(possible.sum()) - 1) < 1e-6
 
 
+def exact(logits: torch.Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> torch.Tensor:
+    """The distribution ``[V]`` to be sampled from, in fp64 and one token after the other."""
+    probs = (logits.double() / temperature).softmax(-1)
+    ranked = sorted(range(len(probs)), key=lambda i: (-float(probs[i]), i))[: top_k if top_k > 0 else None]
+    held = sum(float(probs[i]) for i in ranked)
+    kept = torch.zeros_like(probs)
+    for i in ranked:
+        if float(kept.sum()) >= top_p * held:
+            break
+        kept[i] = probs[i]
+    return kept / kept.sum()
+
+
+def skewed(vocab: int) -> torch.Tensor:
+    """Zipf's law over shuffled ids, every fifth token impossible."""
+    generator = torch.Generator().manual_seed(vocab)
+    logits = -1.2 * torch.arange(1, vocab + 1).float().log()[torch.randperm(vocab, generator=generator)]
+    logits[torch.randperm(vocab, generator=generator)[: vocab // 5]] = float("-inf")
+    return logits
+
+
+TRUNCATIONS = [
+    {},
+    {"temperature": 0.7},
+    {"temperature": 1.5},
+    {"top_k": 7},
+    {"top_k": 40, "temperature": 1.5},
+    {"top_p": 0.8},
+    {"top_p": 0.9, "temperature": 0.7},
+    {"top_k": 30, "top_p": 0.9},
+]
+
+
+@pytest.mark.parametrize("options", TRUNCATIONS)
+# Less than a block; no multiple of one; so many that top-k looks at a few blocks only and top-p needs several guesses.
+@pytest.mark.parametrize("vocab", [50, 300, 12_000])
+def test_a_fine_grid_of_uniforms_gives_each_token_its_share(vocab: int, options: dict) -> None:
+    count = 3_000
+    logits = skewed(vocab)
+    expected = exact(logits, **options)
+    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    tokens, logprobs, kept = sample(logits.expand(count, -1), uniform, **options)
+    counts = torch.bincount(tokens, minlength=vocab).double()
+    assert counts[expected == 0].sum() == 0
+    # An interval of length p holds N p points of the grid, give or take one.
+    assert float((counts - count * expected).abs().max()) <= 1.0 + 1e-3
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1)[tokens], atol=2e-6, rtol=0)
+    if options.get("temperature", 1.0) == 1.0:
+        torch.testing.assert_close((logprobs.exp() / kept).double(), expected[tokens], atol=0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", TRUNCATIONS)
+def test_random_uniforms_give_a_skewed_distribution(options: dict) -> None:
+    logits = skewed(300)
+    uniform = torch.rand(DRAWS, dtype=torch.float64, generator=torch.Generator().manual_seed(11))
+    counts = torch.bincount(sample(logits.expand(DRAWS, -1), uniform, **options)[0], minlength=300).double()
+    wanted = exact(logits, **options) * DRAWS
+    # Chi-square wants five draws a cell: the rare tokens share one.
+    rare = wanted < 5
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    wanted = torch.cat([wanted[~rare], wanted[rare].sum()[None]])
+    counts, wanted = counts[wanted > 0], wanted[wanted > 0]
+    assert p_value(float(((counts - wanted).square() / wanted).sum()), len(wanted) - 1) > 1e-3
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 100, 900])
+def test_of_equal_probabilities_the_lower_id_ranks_first(ranks: int) -> None:
+    """Logits in steps of 1/4: the border of top-k lies among equals."""
+    logits = (4 * torch.randn(9_000, generator=torch.Generator().manual_seed(3))).round().clamp(max=8) / 4
+    best = logits.sort(descending=True, stable=True).indices[: ranks + 1]
+    assert logits[best[-2]] == logits[best[-1]]
+    best = best[:-1]
+    grid = (torch.arange(2_000, dtype=torch.float64) + 0.5) / 2_000
+    tokens, _, kept = sample(logits.expand(2_000, -1), grid, top_k=ranks)
+    assert tokens.unique().tolist() == best.sort().values.tolist()
+    # top-p that asks for exactly those tokens, and for a hair more
+    share = float(kept[0])
+    assert set(sample(logits.expand(2_000, -1), grid, top_p=share * (1 - 1e-6))[0].tolist()) == set(best.tolist())
+    assert len(sample(logits.expand(2_000, -1), grid, top_p=share * (1 + 1e-6))[0].unique()) == ranks + 1
+
+
+def test_a_uniform_of_zero_draws_the_first_possible_token() -> None:
+    """The sum of a block and the sum of its tokens are rounded apart: in some rows one is larger, in some the other."""
+    logits = torch.randn(200, 300, generator=torch.Generator().manual_seed(4))
+    logits[:, :5] = float("-inf")
+    assert sample(logits, torch.zeros(200))[0].tolist() == [5] * 200
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 1}, {"top_k": 3}, {"top_p": 0.4}, {"temperature": 3.0}])
+@pytest.mark.parametrize("token", [0, 127, 128, 299])
+def test_a_distribution_of_one_token(token: int, options: dict) -> None:
+    logits = torch.full((3, 300), float("-inf"))
+    logits[:, token] = -40.0
+    tokens, logprobs, kept = sample(logits, torch.tensor([0.0, 0.5, 1 - 2.0**-53], dtype=torch.float64), **options)
+    assert tokens.tolist() == [token] * 3 and logprobs.tolist() == [0.0] * 3 and kept.tolist() == [1.0] * 3
+
+
 @pytest.mark.parametrize("options", [{}, {"top_k": 6}, {"top_p": 0.999}, {"temperature": 0.01}])
 def test_the_ends_of_the_unit_interval_hit_possible_tokens(options: dict) -> None:
     logits = torch.tensor([float("-inf"), 0.0, 1.0, float("-inf")]).expand(3, -1)
@@ -85,15 +182,24 @@ def test_the_ends_of_the_unit_interval_hit_possible_tokens(options: dict) -> Non
     assert torch.isfinite(logprobs).all()
 
 
-def test_rows_do_not_mix() -> None:
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(16, 50, generator=generator)
-    uniform = torch.rand(16, dtype=torch.float64, generator=generator)
-    options = {"temperature": 0.7, "top_k": 20, "top_p": 0.8}
-    together = sample(logits, uniform, **options)
-    for i in range(16):
-        alone = sample(logits[i : i + 1], uniform[i : i + 1], **options)
-        assert all(torch.equal(a, b[i : i + 1]) for a, b in zip(alone, together, strict=True))
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"top_k": 20, "top_p": 0.8}, {"top_p": 0.5}])
+@pytest.mark.parametrize("vocab", [50, 301, 12_001])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_is_the_same_to_the_last_bit_whatever_the_batch(vocab: int, options: dict, threads: int) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    # Flat rows and peaked ones: they need different numbers of ranks.
+    logits = torch.randn(70, vocab, generator=generator) * torch.linspace(0.1, 6.0, 70)[:, None]
+    uniform = torch.rand(70, dtype=torch.float64, generator=generator)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = sample(logits, uniform, **options)
+        assert torch.equal(token_logprob(logits, together[0]), together[1])
+        for rows in [slice(0, 1), slice(69, 70), slice(34, 35), slice(5, 12), slice(21, 58)]:
+            alone = sample(logits[rows], uniform[rows], **options)
+            assert all(torch.equal(a, b[rows]) for a, b in zip(alone, together, strict=True))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_half_precision_logits_are_normalised_in_fp32() -> None:

@@ -357,7 +357,7 @@ def test_one_death_of_an_engine_is_one_revival(tokenizer) -> None:
             if not self.alive:
                 raise EngineDiedError("student_infer: the engine died")
             for request in requests:
-                yield asyncio.sleep(0, Engine(tokenizer).answer(request))
+                yield asyncio.sleep(0, [Engine(tokenizer).answer(request)])
 
     worker = Mortal()
 

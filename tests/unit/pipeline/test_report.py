@@ -46,7 +46,7 @@ def trajectory(sample: int, number: int, *turns: tuple[str, str, bool | None], f
         turns=tuple(told),
         reward=1.0,
         correct=True,
-        extras={"prompt": "rules", "response": "r"},
+        extras={"prompt": "rules"},
     )
 
 
@@ -63,6 +63,7 @@ def test_turns_of_a_view_find_their_tokens(report) -> None:
     shown = ["".join(token.text for token in view.tokens[turn.start : turn.end]) for turn in view.turns]
     assert shown == ["go$", "x$"]
     assert [turn.text for turn in view.turns] == ["go", "x"]
+    assert view.response_text == "go\nx"
     assert [(turn.index, turn.observation, turn.is_valid) for turn in view.turns] == [
         (4, "SF\nFG", True), (5, "SP", False)
     ]  # fmt: skip
@@ -74,7 +75,7 @@ def test_turns_of_a_view_find_their_tokens(report) -> None:
 def test_a_single_response_has_no_episode(report) -> None:
     t = replace(trajectory(0, 0, ("a", "b", None)), turns=())
     view = sample_view(t, 7, Characters(), report.config)
-    assert (view.episode, view.turns, view.prompt_text, view.response_text) == ("", [], "rules", "r")
+    assert (view.episode, view.turns, view.prompt_text, view.response_text) == ("", [], "rules", "b")
 
 
 def test_a_page_shows_many_groups(report) -> None:

@@ -16,6 +16,7 @@ from roll_opd.distributed.layout import Layout
 from roll_opd.distributed.strategy.base import ScoreWant
 from roll_opd.errors import EngineDiedError, ModelError, TeacherError
 from roll_opd.pipeline.teacher_pool import TeacherPool, accept, request_for
+from roll_opd.trajectory import DetailsRef
 
 
 def alone(*workers) -> list[Replica]:
@@ -227,7 +228,7 @@ def test_ids_to_report_on_are_the_engines_and_only_when_wanted(fakes) -> None:
 
 
 class DetailsWorker:
-    """Answers ``score_with_details`` as Ray does: one reference of the results and one of each sequence's details."""
+    """Answers ``score_with_details`` as Ray does: a reference of the results and one of all details."""
 
     def __init__(self, name: str, *answers) -> None:
         self.name, self.answers, self.wants = name, list(answers), []
@@ -235,7 +236,7 @@ class DetailsWorker:
 
     def _options(self, *, num_returns: int) -> SimpleNamespace:
         def remote(requests, want):
-            assert num_returns == 1 + len(requests)
+            assert num_returns == 2
             self.wants.append(want)
             answer = self.answers.pop(0)
 
@@ -244,7 +245,7 @@ class DetailsWorker:
                     raise answer
                 return answer(requests)
 
-            return [results(), *(f"{self.name}'s details of {r.id}" for r in requests)]
+            return [results(), f"{self.name}'s details of {[str(r.id) for r in requests]}"]
 
         return SimpleNamespace(remote=remote)
 
@@ -261,9 +262,24 @@ def test_details_stay_references_beside_their_sequence(fakes) -> None:
     out = score(pool, batch)
     check_scores(out, batch, "a")
     check_scores(out, batch, "b")
-    assert [scores["a"].details for scores in out] == [f"good's details of {t.id}" for t in batch]
+    call = f"good's details of {[str(t.id) for t in batch]}"
+    assert [scores["a"].details for scores in out] == [DetailsRef(call, i) for i in range(3)]
     assert all(scores["b"].details is None for scores in out)
     assert bad.wants == good.wants == [want] and pool.failures == 1
+
+
+def test_details_of_ranks_that_hold_a_model_together(fakes) -> None:
+    """Each data-parallel rank's call has an object of its own; those of ranks that do not answer are dropped."""
+    layout = Layout.megatron(4, tensor=2, pipeline=1)
+    workers = tuple(
+        DetailsWorker(f"rank {rank}", fakes.good_scores if rank in (0, 2) else lambda requests: []) for rank in range(4)
+    )
+    pool = TeacherPool({"a": (TeacherConfig(), [Replica(workers, layout)])}, {"a": ScoreWant(hidden=True)})
+    batch = [fakes.trajectory(i) for i in range(3)]
+    out = score(pool, batch)
+    check_scores(out, batch, "a")
+    even, odd = "rank 0's details of ['0/0/0', '2/0/0']", "rank 2's details of ['1/0/0']"
+    assert [s["a"].details for s in out] == [DetailsRef(even, 0), DetailsRef(odd, 0), DetailsRef(even, 1)]
 
 
 def test_a_single_replica_is_tried_again(fakes) -> None:

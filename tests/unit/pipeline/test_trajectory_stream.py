@@ -65,11 +65,12 @@ class Engine:
             await asyncio.sleep(0)
             yield self._ref(result)
 
-    async def _ref(self, result):
+    async def _ref(self, *results):
         await asyncio.sleep(0)
-        if isinstance(result, BaseException):
-            raise result
-        return result
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return list(results)
 
 
 def respond(request: GenerateRequest, version: int = 0) -> GenerateResult:
@@ -106,8 +107,9 @@ def make_stream():
     def make(engines: Sequence[Engine], teachers: Teachers | None = None, **settings) -> TrajectoryStream:
         generation = Generation(settings.pop("revive", None), settings.pop("deadline", 20.0))
         contexts = settings.pop("contexts", None)
+        graded = "rewards" in settings
         options = {
-            "rollout": PromptRollout(generation, lambda ids: " ".join(map(str, ids)), contexts),
+            "rollout": PromptRollout(generation, lambda ids: " ".join(map(str, ids)), lambda tag: graded, contexts),
             "rewards": RewardPool({}),
             "seed": 3,
             "group_size": 2,
@@ -161,8 +163,17 @@ def test_a_trajectory_is_prompt_and_response(make_stream) -> None:
         assert t.weight_version.tolist() == [-1] * len(ids) + [0] * len(expected.response_ids)
         assert t.tokens.dtype == t.weight_version.dtype == np.int32 and t.infer_logprobs.dtype == np.float32
         assert t.tag == "math" and t.reward is None
-        assert t.extras["response"] == " ".join(map(str, expected.response_ids))
     assert batch.seconds["rollout"] >= batch.seconds["generate"] >= 0
+
+
+def test_responses_that_come_together_are_taken_one_by_one(make_stream) -> None:
+    class Bursts(Engine):
+        async def _remote(self, requests):
+            results = [respond(r) for r in requests]
+            yield self._ref(*results[:7])
+            yield self._ref(*results[7:])
+
+    assert flat(one_batch(make_stream([Bursts()]))) == flat(one_batch(make_stream([Engine()])))
 
 
 @pytest.mark.parametrize(
@@ -231,6 +242,18 @@ def test_rewards_beside_teachers(make_stream, fakes) -> None:
     assert all(t.teacher_scores for t in graded)
     item = next(i for i in seen if i.id == "1/0/0")
     assert (item.prompt, item.tag, item.row) == ("p1", "math", {"test_cases": ["t"], "level": 1})
+    response = next(t for t in graded if str(t.id) == item.id)
+    assert item.response == " ".join(map(str, response.tokens[response.response_mask]))
+
+
+def test_responses_that_nobody_grades_are_not_decoded(make_stream) -> None:
+    def decode(ids):
+        raise AssertionError("decoded")
+
+    rollout = PromptRollout(Generation(None, 20.0), decode, lambda tag: False)
+    stream = make_stream([Engine()], rollout=rollout)
+    batch = one_batch(stream)
+    assert len(batch.trajectories) == 10 and not batch.grading
 
 
 def test_a_reward_that_hangs_delays_nothing(make_stream, fakes) -> None:

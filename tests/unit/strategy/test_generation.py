@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 from roll_opd.distributed.strategy.base import GenerateRequest, GenerateResult, Sampling, ScoreRequest
 from roll_opd.distributed.strategy.decoding import DecodingLoop
+from roll_opd.distributed.strategy.packed_model import decoder_layers
 from roll_opd.trajectory import TrajectoryId
 
 VOCAB = 305
@@ -197,6 +200,14 @@ def test_a_stop_id_belongs_to_the_response_and_ends_it(random_strategy, prompts)
     assert result.finish_reason == "stop"
 
 
+def test_a_stop_id_that_is_to_be_ignored_is_a_token_like_others(random_strategy, prompts) -> None:
+    free = unstopped(random_strategy, prompts[0])
+    sampling = dataclasses.replace(PLAIN, ignore_eos=True)
+    result = run(random_strategy, [request(0, prompts[0], sampling)], stop_ids=(free[5],))[TrajectoryId(0, 0)]
+    assert result.response_ids.tolist() == free
+    assert result.finish_reason == "length"
+
+
 def test_the_limit_cuts(random_strategy, prompts) -> None:
     result = run(random_strategy, [request(0, prompts[0])], stop_ids=())[TrajectoryId(0, 0)]
     assert len(result.response_ids) == 24 and result.finish_reason == "length"
@@ -313,3 +324,27 @@ def test_an_error_while_generating_reaches_the_caller(make_strategy, random_mode
         asyncio.run(gather(strategy, [bad]))
     # and the strategy still works
     assert len(asyncio.run(gather(strategy, [request(1, prompts[0])]))) == 1
+
+
+def test_lent_threads_are_taken_over_between_two_layers(make_strategy, random_model, prompts) -> None:
+    strategy = make_strategy(random_model)
+    first, second, *_ = decoder_layers(strategy.model.lm)
+    seen: list[int] = []
+    told: list[threading.Thread] = []
+
+    def tell(*_: object) -> None:
+        if not told:
+            seen.append(torch.get_num_threads())
+            told.append(threading.Thread(target=strategy.use_threads, args=(2,)))
+            told[0].start()
+            told[0].join(0.05)
+            assert told[0].is_alive(), "nobody has paused yet"
+
+    first.register_forward_pre_hook(tell)
+    second.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    strategy.use_threads(1)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(strategy.score, [ScoreRequest(TrajectoryId(0, 0), np.arange(3, 9), np.arange(6) > 2)]).result()
+    told[0].join(5)
+    assert not told[0].is_alive()
+    assert seen == [1, 2]

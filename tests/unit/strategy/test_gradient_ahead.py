@@ -15,9 +15,10 @@ from roll_opd.algorithms.chunked_head import FullTarget, Head, SupportTarget
 from roll_opd.algorithms.loss import DivergenceLoss, Loss
 from roll_opd.algorithms.policy_loss import PolicyLoss
 from roll_opd.configs.model_args import ModelArguments
-from roll_opd.distributed.strategy.base import ScoreWant, TrainItem
+from roll_opd.distributed.strategy.base import ScoreRequest, ScoreWant, TrainItem
 from roll_opd.distributed.strategy.loss_inputs import RowTensors
 from roll_opd.distributed.strategy.packed_model import PackedModel, load_model
+from roll_opd.distributed.strategy.scoring import score_row
 from roll_opd.trajectory import TeacherScores, Trajectory
 
 CPU = torch.device("cpu")
@@ -193,3 +194,39 @@ def test_the_head_is_the_parameter_itself_with_its_padding(student) -> None:
     parameter, head = student.model.lm.get_output_embeddings().weight, student.model.head()
     assert head.weight_VH is parameter
     assert head.total == head.rows == len(head.trimmed().weight_VH) == VOCAB < len(parameter)
+
+
+# ---- what the update's forward pass tells ----------------------------------------------------------------------------
+
+
+def test_an_update_tells_what_scoring_would_have_told(model, items, student, random_strategy) -> None:
+    """The student's and the teachers' log-probabilities of every item that counts, on its own positions."""
+    made = items(FULL)
+    row = RowTensors(made, FULL, heads(random_strategy, student), CPU)
+    outputs, _ = model.token_logprobs(row.batch, row.targets)
+    told = {scores.id: scores for scores in row.token_scores(outputs)}
+    assert set(told) == {item.trajectory.id for item in made[:-1]}
+    with torch.no_grad():
+        requests = [ScoreRequest(t.id, t.tokens, t.response_mask) for t in (item.trajectory for item in made)]
+        asked = {result.id: result for result in score_row(model, requests)}
+    for item in made[:-1]:
+        t, scores = item.trajectory, told[item.trajectory.id]
+        np.testing.assert_allclose(scores.logprobs, asked[t.id].logprobs, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(scores.entropies, asked[t.id].entropies, atol=1e-5, rtol=0)
+        assert set(scores.teachers) == set(t.divergence_weights)
+        for name, logprobs in scores.teachers.items():
+            np.testing.assert_allclose(logprobs, t.said_by(name), atol=1e-5, rtol=0)
+            assert not logprobs[~t.response_mask].any() and (logprobs[t.response_mask] < 0).all()
+
+
+def test_old_logprobs_that_nobody_asked_for_are_the_updates_own(model, items, student, random_strategy) -> None:
+    made = [
+        dataclasses.replace(i, trajectory=dataclasses.replace(i.trajectory, old_logprobs=None)) for i in items(FULL)
+    ]
+    row = RowTensors(made, FULL, heads(random_strategy, student), CPU)
+    outputs, _ = model.token_logprobs(row.batch, row.targets)
+    inputs = row.inputs(outputs)
+    assert torch.equal(inputs.old_logprobs, outputs.logprobs_n.detach())
+    assert not inputs.old_logprobs.requires_grad
+    _, stats = FULL(inputs)
+    assert bool((stats["ratio"] == 1).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from roll_opd.distributed.strategy.weight_transfer import (
     TensorSpec,
     TransferEnd,
     WeightBucket,
+    _multipliers,
+    _products,
+    _row_sums,
     as_bytes,
     device_key,
     in_buckets,
@@ -53,9 +57,11 @@ def test_bytes_that_are_read_only() -> None:
     for raw in bucket.raw:
         raw.setflags(write=False)
     end = TransferEnd(CPU)
-    check({name: tensor.clone() for name, tensor in end.tensors_of(bucket)}, bucket.checksums)
-    next(end.tensors_of(bucket))[1].zero_()  # what is handed out may be written to, the bucket is as it was
-    check({name: tensor.clone() for name, tensor in end.tensors_of(bucket)}, bucket.checksums)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of memory that must not be written to
+        received = dict(end.tensors_of(bucket))
+    check(received, bucket.checksums)
+    assert received["embed"].data_ptr() == bucket.raw[0].ctypes.data, "copied on the way"
 
 
 def test_bytes_become_a_file_that_outlives_its_name() -> None:
@@ -140,12 +146,37 @@ def test_the_checksum_sees_every_change(dtype, size) -> None:
         swapped = tensor.clone()
         swapped[[0, size - 1]] = tensor[[size - 1, 0]]
         assert torch.equal(swapped, tensor) or tensor_checksum(swapped) != total
-    # Words that change places between the parts that are looked at together.
-    if size > 1 << 20:
-        words = (1 << 20) * 8 // tensor.element_size()
-        if size >= 2 * words or dtype == torch.float32:
-            swapped = tensor.clone()
-            swapped[:2], swapped[words : words + 2] = 5, 9
-            other = tensor.clone()
-            other[:2], other[words : words + 2] = 9, 5
-            assert tensor_checksum(swapped) != tensor_checksum(other)
+    # Words that change places with those of another row, and whole rows that do.
+    words = (1 << 12) * 8 // tensor.element_size()
+    if size > 3 * words:
+        swapped = tensor.clone()
+        swapped[:2], swapped[words : words + 2] = 5, 9
+        other = tensor.clone()
+        other[:2], other[words : words + 2] = 9, 5
+        assert tensor_checksum(swapped) != tensor_checksum(other)
+        rows = tensor.clone()
+        rows[:words], rows[words : 2 * words] = tensor[words : 2 * words], tensor[:words]
+        assert torch.equal(rows, tensor) or tensor_checksum(rows) != total
+
+
+def test_the_checksum_is_the_sum_that_it_says_it_is() -> None:
+    """Two rows of words and a rest, in Python's integers; and as it is formed where integers have no matrix product."""
+    words = torch.randint(-(1 << 63), (1 << 63) - 1, (2 * 4096 + 3,), generator=torch.Generator().manual_seed(0))
+    columns, rows = (_multipliers(first, count, CPU).tolist() for first, count in ((0, 4096), (4096, 3)))
+    places = [row * column for row in rows for column in columns]
+    expected = sum(word * place for word, place in zip(words.tolist(), places, strict=False)) % (1 << 64)
+    assert tensor_checksum(words) == expected == tensor_checksum(words.view(torch.float16))
+    matrix = words[:8192].view(2, 4096)
+    assert torch.equal(_products(matrix, _multipliers(0, 4096, CPU)), _row_sums(matrix, _multipliers(0, 4096, CPU)))
+    # Another multiplier for each place, all odd.
+    assert len(set(columns + rows)) == 4099 and all(number % 2 for number in columns + rows)
+
+
+@pytest.mark.parametrize("distance", [1, 512, 4096, 1 << 17])
+def test_the_checksum_sees_round_numbers_change_places(distance) -> None:
+    """Words that differ in an exponent alone, a power of two apart: where multipliers in a progression see nothing."""
+    tensor = torch.zeros(2 * (distance + 1))
+    tensor[1], tensor[2 * distance + 1] = 1.0, 2.0
+    swapped = tensor.clone()
+    swapped[1], swapped[2 * distance + 1] = 2.0, 1.0
+    assert tensor_checksum(tensor) != tensor_checksum(swapped)

@@ -24,6 +24,7 @@ from roll_opd.distributed.strategy.base import (
     ScoreRequest,
     ScoreResult,
     ScoreWant,
+    TokenScores,
     TrainItem,
 )
 from roll_opd.distributed.strategy.loss_inputs import row_loss
@@ -154,6 +155,7 @@ class MegatronTrainStrategy:
             total_updates=total_updates,
         )
         self._teacher_heads: dict[str, Head] = {}
+        self._said: list[TokenScores] = []
         self._weights, self._other = Residence(), Residence()
 
     # ---- scoring -------------------------------------------------------------------------------------------------
@@ -171,7 +173,9 @@ class MegatronTrainStrategy:
         if self.model.last is not None:
             self._teacher_heads[teacher] = head_of(head, self.device).cut_like(self.model.last.head())
 
-    def train_step(self, micro_batches: Sequence[Sequence[TrainItem]], loss: Loss) -> dict[str, float]:
+    def train_step(
+        self, micro_batches: Sequence[Sequence[TrainItem]], loss: Loss, tell: bool = False
+    ) -> dict[str, float]:
         """See :class:`~roll_opd.distributed.strategy.base.TrainStrategy`.
 
         Returns:
@@ -183,12 +187,14 @@ class MegatronTrainStrategy:
         """
         assert not self._other.away, f"{self.model.role} has left its device"
         ratios: list[Tensor] = []
+        self._said = []
+        said = self._said if tell else None
 
         def forward(chunk: MegatronChunk, items: Sequence[TrainItem]) -> tuple[Tensor, dict[str, Tensor] | None]:
             if not chunk.post_process:
                 trajectories = [item.trajectory for item in items]
                 return _send_on(chunk, [t.tokens for t in trajectories], [t.response_mask for t in trajectories])
-            total, stats = row_loss(chunk, items, loss, self._teacher_heads, self.device)
+            total, stats = row_loss(chunk, items, loss, self._teacher_heads, self.device, said)
             if stats["ratio"].numel():
                 ratios.append(stats["ratio"].max())
             return total, stats
@@ -197,6 +203,10 @@ class MegatronTrainStrategy:
         shortest = min((item.trajectory for row in micro_batches for item in row), key=len)
         rows = [*micro_batches, *[[TrainItem(shortest, 0.0)]] * idle]
         return self.trainer.update(rows, forward) | {"max/ratio": max((float(r) for r in ratios), default=0.0)}
+
+    def token_scores(self) -> list[TokenScores]:
+        """See :class:`~roll_opd.distributed.strategy.base.TrainStrategy`."""
+        return self._said
 
     # ---- weights -------------------------------------------------------------------------------------------------
 
