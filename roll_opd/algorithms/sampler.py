@@ -82,6 +82,7 @@ def _chunks(logits_bV: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     ``W`` is ``V`` rounded up to whole blocks. The room is used again by the next rows; beyond ``V`` it holds zeros.
     """
     count, vocab = logits_bV.shape
+    assert count, "a batch of no rows"
     step = count if logits_bV.is_cuda else max(1, CPU_CHUNK // vocab)
     width = -(-vocab // BLOCK) * BLOCK
     weights_rW = logits_bV.new_empty(min(step, count), width, dtype=torch.float32)

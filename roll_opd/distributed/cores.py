@@ -9,7 +9,8 @@
 
 Threads of busy processes that together exceed the cores make each of them slower by much more than their share, so the
 sum never does: whoever comes gets an equal part of what the others give back first, and where there is none left,
-waits. Whoever goes leaves its part to the others.
+waits. Whoever goes leaves its part to the others. (A worker that is given up, past a deadline, may compute on for a
+while with what it had.)
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ class Cores:
     Args:
         total: cores to lend.
         workers: those that borrow, each with the threads that it was started with.
+        patience: seconds that a worker may take to change its number.
     """
 
-    def __init__(self, total: int = 0, workers: Mapping[Any, int] | None = None) -> None:
+    def __init__(self, total: int = 0, workers: Mapping[Any, int] | None = None, patience: float = 90.0) -> None:
         self.total = total
+        self.patience = patience
         self._threads = dict(workers or {})
         # In the order in which they came; a worker may be asked for several things at once.
         self._busy: Counter[Any] = Counter()
@@ -54,21 +57,24 @@ class Cores:
         if not mine:
             yield
             return
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._busy or len({*self._busy, *mine}) <= self.total)
-            self._busy.update(mine)
-            await self._share()
+        entered = False
         try:
+            async with self._changed:
+                await self._changed.wait_for(lambda: not self._busy or len({*self._busy, *mine}) <= self.total)
+                entered = True
+                self._busy.update(mine)
+                await self._share()
             yield
         finally:
-            async with self._changed:
-                self._busy -= Counter(mine)
-                await self._share()
-                self._changed.notify_all()
+            if entered:
+                async with self._changed:
+                    self._busy -= Counter(mine)
+                    self._changed.notify_all()
+                    await self._share()
 
     async def _share(self) -> None:
         """Have each busy worker use its part; those that give something back do so first."""
-        parts = shares(self.total, list(self._busy))
+        parts = shares(self.total, [worker for worker in self._busy if worker in self._threads])
         less = {worker: n for worker, n in parts.items() if n < self._threads[worker]}
         more = {worker: n for worker, n in parts.items() if n > self._threads[worker]}
         for changes in (less, more):
@@ -76,9 +82,21 @@ class Cores:
 
     async def _tell(self, worker: Any, threads: int) -> None:
         self._threads[worker] = threads
-        # A worker that has died uses no core; whoever asks it something deals with its death.
-        with contextlib.suppress(RayError):
-            await worker.use_threads.remote(threads)
+        told = asyncio.ensure_future(_answer(worker.use_threads.remote(threads)))
+        done, _ = await asyncio.wait([told], timeout=self.patience)
+        if not done or not told.result():
+            # Dead or stuck. Whoever asks it something deals with that, and has a deadline; here nobody waits again.
+            logger.debug("a worker does not take over its number of threads")
+            self._threads.pop(worker, None)
+
+
+async def _answer(call: Any) -> bool:
+    """Whether a call comes to its end."""
+    try:
+        await call
+    except RayError:
+        return False
+    return True
 
 
 def shares(total: int, workers: Sequence[Any]) -> dict[Any, int]:

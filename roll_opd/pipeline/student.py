@@ -145,11 +145,13 @@ class Student:
 
 def _completed(trajectory: Trajectory, said: TokenScores) -> Trajectory:
     """Add what is not known yet of what the update's forward pass said."""
-    scores = {
-        name: dataclasses.replace(s, logprobs=said.teachers[name]) if s.logprobs is None else s
-        for name, s in trajectory.teacher_scores.items()
-    }
+    scores = dict(trajectory.teacher_scores)
+    for name, score in scores.items():
+        if score.logprobs is None:
+            check_per_token(f"logprobs of teacher {name}", said.teachers[name], trajectory)
+            scores[name] = dataclasses.replace(score, logprobs=said.teachers[name])
     if trajectory.old_logprobs is None:
+        check_per_token("old_logprobs", said.logprobs, trajectory)
         trajectory = dataclasses.replace(trajectory, old_logprobs=said.logprobs, entropies=said.entropies)
     return dataclasses.replace(trajectory, teacher_scores=scores)
 

@@ -95,9 +95,9 @@ def varlen_attention(
         key, value, shape = key[:, :, :width], value[:, :, :width], query.shape
         if shape[2] == 1 and options["enable_gqa"]:
             # The heads that share keys are queries of one head: nothing has to be repeated for them.
-            query, options["enable_gqa"] = query.view(shape[0], key.shape[1], -1, shape[3]), False
+            query, options["enable_gqa"] = query.reshape(shape[0], key.shape[1], -1, shape[3]), False
         out = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout, **options)
-        out = out.reshape(shape)
+        out = out.reshape(*shape[:3], value.shape[3])
     else:
         bounds = cu_seq_lens_q.tolist()
         out = torch.cat(

@@ -70,9 +70,9 @@ class HFStrategy:
             )
         self.version = 0
         self._threads = LentThreads(torch.get_num_threads())
-        # Between two layers: a row of long sequences would keep the others waiting.
-        for layer in decoder_layers(self.model.lm):
-            layer.register_forward_pre_hook(lambda *_: self._threads.pause())
+        # Also between two layers: a row of long sequences would keep the others waiting.
+        for module in (self.model.lm.base_model, *decoder_layers(self.model.lm)):
+            module.register_forward_pre_hook(lambda *_: self._threads.pause())
         self._loop = DecodingLoop(self.model, vocabulary.stop_ids, vocabulary.decode)
         # One request list, scoring call or weight update at a time: they share the weights and the cores.
         self._lock = threading.Lock()
@@ -156,6 +156,8 @@ class HFStrategy:
     def begin_weight_update(self, version: int, mix: float = 1.0) -> None:
         """See :class:`~roll_opd.distributed.strategy.base.GenerateStrategy`; waits for what is being generated."""
         self._lock.acquire()
+        # The replicas of a role take their weights over at the same time.
+        self._threads.rest()
         self._update = WeightUpdate(self._parameters, self._end, mix)
 
     def load_weights(self, bucket: WeightBucket) -> dict[str, int]:

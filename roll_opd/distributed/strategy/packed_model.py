@@ -21,7 +21,7 @@ from roll_opd.algorithms.chunked_head import FullTarget, Head, HeadOutputs, Supp
 from roll_opd.configs.model_args import ModelArguments
 from roll_opd.distributed.strategy.base import HeadWeights
 from roll_opd.distributed.strategy.pretrained import Checkpoint
-from roll_opd.distributed.strategy.weight_transfer import as_bytes
+from roll_opd.distributed.strategy.weight_transfer import as_bytes, read_only
 from roll_opd.errors import ModelError
 from roll_opd.trajectory import PackedBatch, RawTensor
 
@@ -236,8 +236,8 @@ def raw_of(tensor: Tensor) -> RawTensor:
 
 
 def tensor_of(raw: RawTensor, device: torch.device) -> Tensor:
-    """Undo :func:`raw_of`; copies, because what comes from the object store is read-only."""
-    return torch.from_numpy(raw.raw.copy()).view(getattr(torch, raw.dtype)).reshape(raw.shape).to(device)
+    """Undo :func:`raw_of`. On a CPU it is the memory of ``raw`` itself: nobody may write to it."""
+    return read_only(raw.raw).view(getattr(torch, raw.dtype)).reshape(raw.shape).to(device)
 
 
 def head_of(weights: HeadWeights, device: torch.device) -> Head:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -47,10 +48,11 @@ def score_row(model: PackedModel, row: Sequence[ScoreRequest], want: ScoreWant =
             logprobs, *over_set = support_scores(hidden, head, targets, want.top_k, ids)
             return logprobs, None, over_set
         if not want.logprobs:
-            # What log-probabilities would show, were they formed here.
-            if not bool(torch.isfinite(hidden).all()):
-                raise ValueError("hidden states that are not finite")
-            return None, None, hidden
+            states = hidden if want.hidden else None
+            if bool(torch.isfinite(hidden).all()):
+                return None, None, states
+            # They would not be finite either, and whoever gets them refuses that.
+            return hidden.new_full((len(hidden),), math.nan), None, states
         outputs = head_outputs(hidden, head, targets)
         return outputs.logprobs_n, outputs.entropy_n, hidden if want.hidden else None
 

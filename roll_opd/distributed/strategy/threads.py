@@ -22,7 +22,7 @@ class LentThreads:
     """
 
     def __init__(self, count: int) -> None:
-        self._count = self._in_force = count
+        self._start = self._count = self._in_force = count
         self._working = False
         self._changed = threading.Condition()
 
@@ -40,6 +40,10 @@ class LentThreads:
             yield
         finally:
             self._set(working=False)
+
+    def rest(self) -> None:
+        """Have the calling thread use as many as there were at the start, for what nobody has lent cores to."""
+        torch.set_num_threads(self._start)
 
     def pause(self) -> None:
         """Take over a new number."""

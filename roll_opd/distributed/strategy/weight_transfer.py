@@ -35,6 +35,9 @@ from roll_opd.errors import GenerationError
 
 Way = Literal["host", "handles", "group"]
 
+# What comes from the object store is read-only memory, which :func:`read_only` hands out as it is.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
 HOST = "cpu"
 """Key of memory that every process of the node can read."""
 
@@ -240,11 +243,15 @@ def device_key(device: torch.device) -> str:
 
 def _unpacked(bucket: WeightBucket) -> Iterator[Tensor]:
     for spec, raw in zip(bucket.specs, bucket.raw, strict=True):
-        with warnings.catch_warnings():
-            # What comes from the object store is read-only memory. Nobody writes to what a bucket hands out.
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            tensor = torch.from_numpy(raw)
-        yield _as_tensor(spec, tensor)
+        yield _as_tensor(spec, read_only(raw))
+
+
+def read_only(raw: np.ndarray[Any, Any]) -> Tensor:
+    """Return the bytes of ``raw`` as a tensor, without a copy. Nobody may write to it.
+
+    What comes from the object store is memory that cannot be written to, and that all processes of a node share.
+    """
+    return torch.from_numpy(raw)
 
 
 def _as_tensor(spec: TensorSpec, raw: Tensor) -> Tensor:

@@ -123,6 +123,44 @@ def test_a_dead_worker_keeps_nobody_from_its_cores() -> None:
     asyncio.run(asyncio.wait_for(run(), 5))
 
 
+def test_a_stuck_worker_holds_nobody_up_for_longer_than_it_may_take() -> None:
+    stuck, alive = Told(delay=1000.0), Told()
+
+    async def run() -> None:
+        cores = Cores(2, {stuck: 1, alive: 1}, patience=0.02)
+        async with cores.busy([stuck]), cores.busy([alive]):
+            assert alive.in_force == 2, "who does not answer is not counted any more"
+        async with cores.busy([stuck]):
+            assert stuck.in_force == 1
+
+    asyncio.run(asyncio.wait_for(run(), 5))
+
+
+def test_who_is_cancelled_while_it_comes_or_waits_leaves_nothing_behind() -> None:
+    slow, other, third = Told(delay=0.05), Told(), Told()
+
+    async def run() -> None:
+        cores = Cores(2, {slow: 1, other: 1, third: 1})
+
+        async def work(worker: Told) -> None:
+            async with cores.busy([worker]):
+                await asyncio.sleep(1000)
+
+        coming = asyncio.create_task(work(slow))
+        await asyncio.sleep(0.01)
+        coming.cancel()
+        await asyncio.wait([coming])
+        async with cores.busy([other, third]):
+            waiting = asyncio.create_task(work(slow))
+            await asyncio.sleep(0.01)
+            waiting.cancel()
+            await asyncio.wait([waiting])
+        async with cores.busy([other]):
+            assert other.in_force == 2
+
+    asyncio.run(asyncio.wait_for(run(), 5))
+
+
 def test_others_are_not_told_anything() -> None:
     async def run(workers: Collection[object]) -> None:
         async with Cores().busy(workers):

@@ -85,3 +85,21 @@ def test_what_cannot_run_here_is_refused(flash, wanted, config, dtype, device, i
     flash(installed)
     with pytest.raises(ModelError, match=rf"teacher\.attn: '{wanted}'.*use auto"):
         choose(wanted, config, dtype, device)
+
+
+@pytest.mark.parametrize("width", [4, 6], ids=["values as wide as keys", "wider values"])
+@pytest.mark.parametrize("new", [1, 3], ids=["one token", "a prompt"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_decoding_sees_the_visible_keys_of_its_own_head(kv_heads: int, new: int, width: int) -> None:
+    """Against the sum written out, with a cache that is longer than what has been filled."""
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, new, 4), torch.randn(2, kv_heads, 9, 4)
+    value = torch.randn(2, kv_heads, 9, width)
+    visible = torch.rand(2, 1, new, 7) > 0.3
+    visible[..., 0] = True
+    out, _ = attention.varlen_attention(torch.nn.Module(), query, key, value, visible, scaling=0.5)
+    assert out.shape == (2, new, 4, width)
+    for head in range(4):
+        k, v = (x[:, head * kv_heads // 4, :7] for x in (key, value))
+        weights = (0.5 * query[:, head] @ k.transpose(1, 2)).masked_fill(~visible[:, 0], -torch.inf).softmax(-1)
+        torch.testing.assert_close(out[:, :, head], weights @ v)

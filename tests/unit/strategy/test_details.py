@@ -175,8 +175,7 @@ def test_the_head_survives_the_way(dtype, bias, cap) -> None:
     assert torch.equal(head.weight_VH, weight) and head.weight_VH.dtype == dtype and head.soft_cap == cap
     assert (head.bias_V is None) == (offset is None)
     assert offset is None or torch.equal(head.bias_V, offset)
-    head.weight_VH.zero_()
-    assert weight.abs().max() > 0, "the receiver's copy is its own"
+    assert head.weight_VH.data_ptr() == sent.weight.raw.ctypes.data, "what all processes share is copied nowhere"
 
 
 def test_a_tensor_that_is_not_contiguous_travels_in_order() -> None:
