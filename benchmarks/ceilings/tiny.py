@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.opd_step.models import PAIRS
+from benchmarks.opd_step.models import PAIRS, make_model
 from benchmarks.roofline import Shape
 from roll_opd.configs.model_args import ModelArguments
 from roll_opd.configs.worker_config import WorkerConfig
@@ -25,23 +24,10 @@ PROMPT = 32
 
 def save_model(folder: Path, role: str, vocab: int = VOCAB) -> Shape:
     """Write ``student`` or ``teacher`` with random weights; return its shape."""
-    shape = getattr(PAIRS["language-8k"], role)
-    config = Qwen3Config(
-        vocab_size=vocab,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
     torch.manual_seed(0)
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    return Shape.of(config.to_dict())
+    model = make_model(getattr(PAIRS["language-8k"], role), vocab)
+    model.save_pretrained(folder)
+    return Shape.of(model.config.to_dict())
 
 
 def worker_config(folder: Path, dtype: torch.dtype, **settings: Any) -> WorkerConfig:

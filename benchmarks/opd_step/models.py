@@ -168,7 +168,7 @@ def _make(recipe: Pair, folder: Path) -> None:
     for place, (role, shape, training) in enumerate(parts):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed + place)
-            model = _make_model(shape, recipe.vocab_size)
+            model = make_model(shape, recipe.vocab_size)
             if training is not None:
                 _train(role, model, training, recipe.seed)
         model.save_pretrained(folder / role)
@@ -190,7 +190,7 @@ def _make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def _make_model(shape: Shape, vocab_size: int) -> Qwen3ForCausalLM:
+def make_model(shape: Shape, vocab_size: int) -> Qwen3ForCausalLM:
     """A model with random weights in fp32, from torch's own generator."""
     config = Qwen3Config(
         vocab_size=vocab_size,

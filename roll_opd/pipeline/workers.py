@@ -241,8 +241,8 @@ class TrainWorker(Worker):
     ) -> tuple[dict[str, float], list[TokenScores]]:
         """One optimizer step; with ``tell``, also what its forward pass said of each trajectory."""
         rows = [[self._with_details(item) for item in row] for row in micro_batches]
-        metrics = self.strategy.train_step(rows, loss, tell)
-        return metrics, self.strategy.token_scores()
+        said: list[TokenScores] = []
+        return self.strategy.train_step(rows, loss, said if tell else None), said
 
     def _with_details(self, item: TrainItem) -> TrainItem:
         trajectory = item.trajectory

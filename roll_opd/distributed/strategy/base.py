@@ -301,16 +301,12 @@ class TrainStrategy(Resident, Protocol):
         ...
 
     def train_step(
-        self, micro_batches: Sequence[Sequence[TrainItem]], loss: Loss, tell: bool = False
+        self, micro_batches: Sequence[Sequence[TrainItem]], loss: Loss, said: list[TokenScores] | None = None
     ) -> dict[str, float]:
         """One optimizer step over this rank's ``micro_batches`` (equally many on each rank).
 
-        With ``tell``, what its forward pass said of each trajectory is kept for :meth:`token_scores`.
+        What its forward pass says of this rank's items is added to ``said``, in no certain order, unless that is None.
         """
-        ...
-
-    def token_scores(self) -> list[TokenScores]:
-        """Return what the last optimizer step's forward pass said of this rank's items, in no certain order."""
         ...
 
     def set_teacher_head(self, teacher: str, head: HeadWeights) -> None:

@@ -59,12 +59,7 @@ class DecodingLoop:
         decode: turns token ids into text; used for stop strings alone.
     """
 
-    def __init__(
-        self,
-        model: PackedModel,
-        stop_ids: Sequence[int],
-        decode: Callable[[list[int]], str],
-    ) -> None:
+    def __init__(self, model: PackedModel, stop_ids: Sequence[int], decode: Callable[[list[int]], str]) -> None:
         self.model = model
         self.stop_ids = frozenset(stop_ids)
         self.decode = decode

@@ -56,7 +56,6 @@ class FSDP2Strategy:
         checkpoint = Checkpoint(AutoModelForCausalLM, config.model_args, role=role, device=device, dtype=torch.float32)
         self.model = packed_model_of(checkpoint, checkpoint.empty(), vocabulary.size, config.logits_in_fp32)
         self._teacher_heads: dict[str, Head] = {}
-        self._said: list[TokenScores] = []
         self._tied = _tied_names(self.model.lm)
         self.trainer = ShardedTrainer(
             config,
@@ -81,7 +80,7 @@ class FSDP2Strategy:
         self._teacher_heads[teacher] = head_of(head, self.device)
 
     def train_step(
-        self, micro_batches: Sequence[Sequence[TrainItem]], loss: Loss, tell: bool = False
+        self, micro_batches: Sequence[Sequence[TrainItem]], loss: Loss, said: list[TokenScores] | None = None
     ) -> dict[str, float]:
         """See :class:`~roll_opd.distributed.strategy.base.TrainStrategy`.
 
@@ -93,8 +92,6 @@ class FSDP2Strategy:
             TrainingError: the gradient is not finite; no weight has been changed.
         """
         ratios = [0.0]
-        self._said = []
-        said = self._said if tell else None
 
         def loss_of(items: Sequence[TrainItem]) -> tuple[Tensor, dict[str, Tensor]]:
             total, stats = row_loss(self.model, items, loss, self._teacher_heads, self.device, said)
@@ -103,10 +100,6 @@ class FSDP2Strategy:
             return total, stats
 
         return self.trainer.update(micro_batches, loss_of) | {"max/ratio": max(ratios)}
-
-    def token_scores(self) -> list[TokenScores]:
-        """See :class:`~roll_opd.distributed.strategy.base.TrainStrategy`."""
-        return self._said
 
     # ---- weights -------------------------------------------------------------------------------------------------
 

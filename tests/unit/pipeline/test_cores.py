@@ -54,6 +54,22 @@ def test_the_only_one_has_all_cores_and_gives_back_what_a_second_one_gets() -> N
     asyncio.run(run())
 
 
+def test_nobody_is_given_a_core_before_the_other_has_given_it_back() -> None:
+    slow, quick = Told(), Told()
+
+    async def run() -> None:
+        cores = Cores(4, {slow: 1, quick: 1})
+        async with cores.busy([slow]):
+            slow.delay = 0.05
+            entered = asyncio.create_task(cores.busy([quick]).__aenter__())
+            while not entered.done():
+                assert slow.in_force == 2 or quick.in_force == 1
+                await asyncio.sleep(0.005)
+            assert (slow.in_force, quick.in_force) == (2, 2)
+
+    asyncio.run(run())
+
+
 def test_a_worker_that_is_asked_twice_is_busy_until_both_are_done() -> None:
     one, other = Told(), Told()
 
@@ -215,3 +231,13 @@ def test_threads_are_changed_between_two_pieces_of_work() -> None:
     worker.join(5)
     assert not changing.is_alive() and seen == [1, 2]
     lent.use(1)  # nobody computes: at once
+
+
+def test_what_nobody_has_lent_cores_to_uses_as_many_as_at_the_start() -> None:
+    lent, before = LentThreads(torch.get_num_threads()), torch.get_num_threads()
+    with lent.working():
+        lent.use(before + 1)
+        lent.pause()
+        assert torch.get_num_threads() == before + 1
+    lent.rest()
+    assert torch.get_num_threads() == before

@@ -23,7 +23,7 @@ from transformers import (
 from roll_opd.configs.model_args import ModelArguments
 from roll_opd.configs.strategy_args import SequencePackingArguments
 from roll_opd.configs.worker_config import WorkerConfig
-from roll_opd.distributed.strategy.base import ScoreRequest
+from roll_opd.distributed.strategy.base import ScoreRequest, ScoreWant
 from roll_opd.distributed.strategy.packed_model import load_model, shifted
 from roll_opd.distributed.strategy.scoring import rows_of, score_row
 from roll_opd.errors import ModelError
@@ -314,3 +314,14 @@ def test_dropout_of_a_model_is_switched_off(tiny_models, tmp_path) -> None:
     model.train()
     first, second = (model.token_logprobs(batch)[0].logprobs_n for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("want", [ScoreWant(hidden=True), ScoreWant(hidden=True, logprobs=False)])
+def test_hidden_states_that_are_not_finite_are_told(make_strategy, tiny_models, sequences, want) -> None:
+    """Also where no log-probabilities were asked for: they are what is looked at before a score is accepted."""
+    fresh = make_strategy(tiny_models.student)
+    clean = fresh.score(sequences, want)
+    assert all((r.logprobs is None) == (not want.logprobs) for r in clean)
+    with torch.inference_mode():
+        next(p for p in fresh.model.parameters() if p.ndim == 1).view(-1)[3] = float("nan")
+    assert any(r.logprobs is not None and np.isnan(r.logprobs).any() for r in fresh.score(sequences, want))

@@ -155,7 +155,6 @@ class MegatronTrainStrategy:
             total_updates=total_updates,
         )
         self._teacher_heads: dict[str, Head] = {}
-        self._said: list[TokenScores] = []
         self._weights, self._other = Residence(), Residence()
 
     # ---- scoring -------------------------------------------------------------------------------------------------
@@ -174,7 +173,7 @@ class MegatronTrainStrategy:
             self._teacher_heads[teacher] = head_of(head, self.device).cut_like(self.model.last.head())
 
     def train_step(
-        self, micro_batches: Sequence[Sequence[TrainItem]], loss: Loss, tell: bool = False
+        self, micro_batches: Sequence[Sequence[TrainItem]], loss: Loss, said: list[TokenScores] | None = None
     ) -> dict[str, float]:
         """See :class:`~roll_opd.distributed.strategy.base.TrainStrategy`.
 
@@ -187,8 +186,6 @@ class MegatronTrainStrategy:
         """
         assert not self._other.away, f"{self.model.role} has left its device"
         ratios: list[Tensor] = []
-        self._said = []
-        said = self._said if tell else None
 
         def forward(chunk: MegatronChunk, items: Sequence[TrainItem]) -> tuple[Tensor, dict[str, Tensor] | None]:
             if not chunk.post_process:
@@ -203,10 +200,6 @@ class MegatronTrainStrategy:
         shortest = min((item.trajectory for row in micro_batches for item in row), key=len)
         rows = [*micro_batches, *[[TrainItem(shortest, 0.0)]] * idle]
         return self.trainer.update(rows, forward) | {"max/ratio": max((float(r) for r in ratios), default=0.0)}
-
-    def token_scores(self) -> list[TokenScores]:
-        """See :class:`~roll_opd.distributed.strategy.base.TrainStrategy`."""
-        return self._said
 
     # ---- weights -------------------------------------------------------------------------------------------------
 
