@@ -65,6 +65,7 @@ from roll_opd.algorithms.projection import (
     HeldIds,
     VocabShard,
     check_ids,
+    chunk_rows,
     fill_logits,
     log_softmax,
     row_dot,
@@ -113,7 +114,7 @@ def head_outputs(
     targets_n: Tensor,
     divergences: Sequence[FullTarget | SupportTarget] = (),
     *,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> HeadOutputs:
     """Return log-probability of each target, entropy of each distribution, and each divergence at each position.
 
@@ -129,12 +130,15 @@ def head_outputs(
         head: the student's, whole or one of its shards.
         targets_n: int64 token ids.
         divergences: what to compare with, any number of teachers. Their heads are cut like the student's.
-        chunk_tokens: tokens whose logits are held at a time; as many times more as there are shards.
+        chunk_tokens: tokens whose logits are held at a time, as many times more as there are shards; None: see
+            :func:`~roll_opd.algorithms.projection.chunk_rows`.
 
     Raises:
         ValueError: shapes or vocabularies that do not fit together, ids beyond the vocabulary, an unknown divergence, a
             ``jsd_beta`` outside (0, 1).
     """
+    if chunk_tokens is None:
+        chunk_tokens = chunk_rows(head)
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}, must be at least 1")
     if hidden_nH.shape[0] != targets_n.shape[0]:

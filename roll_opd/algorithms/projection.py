@@ -13,6 +13,9 @@ from torch import Tensor
 
 CHUNK_TOKENS = 256
 """Rows of logits held at a time. Memory grows with it; below 128, time grows as it shrinks (see ``benchmarks``)."""
+CPU_CHUNK_NUMBERS = 2**24
+"""Logits held at a time on a CPU, where fewer rows cost nothing as long as they are :data:`FEWEST_ROWS`."""
+FEWEST_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,13 @@ class Head:
 def sum_dtype(x: Tensor) -> torch.dtype:
     """Return the precision in which softmax, divergences and sums over tokens are taken: float32 at least."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def chunk_rows(head: Head) -> int:
+    """Return how many rows of logits to hold at a time; the same for every shard of a vocabulary."""
+    if head.weight_VH.is_cuda:
+        return CHUNK_TOKENS
+    return min(CHUNK_TOKENS, max(FEWEST_ROWS, CPU_CHUNK_NUMBERS // head.total))
 
 
 class Buffers:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from roll_opd.algorithms.projection import (
-    CHUNK_TOKENS,
     WHOLE,
     Buffers,
     Head,
     HeldIds,
     VocabShard,
     check_ids,
+    chunk_rows,
     fill_logprobs,
     logsumexp,
 )
@@ -79,7 +79,7 @@ def support_scores(
     top_k: int = 0,
     given_ids_nK: Tensor | None = None,
     *,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Return what a teacher says about its own best tokens, about given ones, or about the union of both.
 
@@ -89,7 +89,8 @@ def support_scores(
         targets_n: int64 token ids.
         top_k: how many of its own best tokens; 0: none.
         given_ids_nK: int64 ids to score as well, -1 is padding.
-        chunk_tokens: tokens whose logits are held at a time; as many times more as there are shards.
+        chunk_tokens: tokens whose logits are held at a time, as many times more as there are shards; None: see
+            :func:`~roll_opd.algorithms.projection.chunk_rows`.
 
     Returns:
         ``(logprobs_n, ids_nM, logprobs_nM, tail_n)``, the last three ``None`` when no set is asked for. A row holds its
@@ -100,7 +101,7 @@ def support_scores(
     Raises:
         ValueError: ``top_k`` or an id beyond the vocabulary, or shapes that do not fit together.
     """
-    n, vocab, chunk_tokens = len(targets_n), head.total, chunk_tokens * head.shard.ranks
+    n, vocab, chunk_tokens = len(targets_n), head.total, (chunk_tokens or chunk_rows(head)) * head.shard.ranks
     if not 0 <= top_k <= vocab:
         raise ValueError(f"top_k is {top_k}, must lie between 0 and the vocabulary's size of {vocab}")
     if hidden_nH.shape[0] != n or (given_ids_nK is not None and len(given_ids_nK) != n):

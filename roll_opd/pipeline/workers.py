@@ -17,6 +17,7 @@ from ray.exceptions import ObjectLostError
 from roll_opd.algorithms.loss import Loss
 from roll_opd.configs.model_args import ModelArguments
 from roll_opd.configs.worker_config import WorkerConfig
+from roll_opd.distributed.process_spec import give_back_memory
 from roll_opd.distributed.strategy.base import (
     SAMPLED_ONLY,
     BorrowsCores,
@@ -108,6 +109,7 @@ class InferWorker(Worker):
             )
 
         self.strategy = await self._call(load)
+        give_back_memory()
         # A backend that only scores is never asked to sample, and none but a self-teacher follows the student: see the
         # checks of the config.
         self._engine = cast(GenerateStrategy, self.strategy)
@@ -199,10 +201,15 @@ class TrainWorker(Worker):
         self, yaml_name: str, config: WorkerConfig, student: ModelArguments, max_grad_norm: float, total_updates: int
     ) -> None:
         """Load and shard the model; the process group must exist."""
-        vocabulary = vocabulary_of(load_tokenizer(student, yaml_name), student)
         self.strategy = build_train_strategy(
-            yaml_name, config, vocabulary, self.device, max_grad_norm=max_grad_norm, total_updates=total_updates
+            yaml_name,
+            config,
+            vocabulary_of(load_tokenizer(student, yaml_name), student),
+            self.device,
+            max_grad_norm=max_grad_norm,
+            total_updates=total_updates,
         )
+        give_back_memory()
         self._details: dict[DetailsKey, Any] = {}
         self._end = TransferEnd(self.device)
         # What receivers may still be copying: of the bucket that was yielded last, and of the one before.
@@ -328,6 +335,8 @@ class CriticWorker(Worker):
             max_grad_norm=max_grad_norm,
             total_updates=total_updates,
         )
+        del tokenizer
+        give_back_memory()
 
     def offload(self, keep_weights: bool) -> None:
         """Leave the device."""

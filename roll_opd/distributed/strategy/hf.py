@@ -73,7 +73,8 @@ class HFStrategy:
         # Also between two layers: a row of long sequences would keep the others waiting.
         for module in (self.model.lm.base_model, *decoder_layers(self.model.lm)):
             module.register_forward_pre_hook(lambda *_: self._threads.pause())
-        self._loop = DecodingLoop(self.model, vocabulary.stop_ids, vocabulary.decode)
+        if generates:
+            self._loop = DecodingLoop(self.model, vocabulary.stop_ids, vocabulary.decode)
         # One request list, scoring call or weight update at a time: they share the weights and the cores.
         self._lock = threading.Lock()
         self._parameters = dict(self.model.lm.named_parameters(remove_duplicate=False))

@@ -28,6 +28,9 @@ RowLoss = Callable[[T], tuple[Tensor, dict[str, Tensor]]]
 # Frozen weights are in the model's own files.
 _STATE = StateDictOptions(ignore_frozen_params=True, strict=False)
 
+_NORM_NUMBERS = 2**20
+"""Numbers of a gradient that are squared together."""
+
 
 class ShardedTrainer(ShardedModel):
     """A sharded model with its optimizer, schedule and checkpoints.
@@ -128,7 +131,9 @@ class ShardedTrainer(ShardedModel):
         square = torch.zeros(1, dtype=torch.float64, device=self.device)
         for parameter in self.model.parameters():
             if parameter.grad is not None:
-                square += own_part(parameter.grad)[0].double().square().sum().to(self.device)
+                # A part at a time: in fp64 the whole is twice as large as it is.
+                for part in own_part(parameter.grad)[0].flatten().split(_NORM_NUMBERS):
+                    square += part.double().square_().sum().to(self.device)
         dist.all_reduce(square)
         return float(square.sqrt().item())
 
@@ -210,4 +215,5 @@ def _build_optimizer(model: torch.nn.Module, config: WorkerConfig, role: str) ->
         lr=training.learning_rate,
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,
+        fused=True,
     )

@@ -22,6 +22,7 @@ from roll_opd.algorithms.chunked_head import (
     tail_logprob,
 )
 from roll_opd.algorithms.divergences import DIVERGENCES, bucket_divergence, policy_gradient_score
+from roll_opd.algorithms.projection import VocabShard, chunk_rows
 
 TOKENS, HIDDEN, TEACHER_HIDDEN, VOCAB, K = 7, 5, 6, 13, 4
 SUPPORTS = ("full", "teacher_topk", "student_topk", "union")
@@ -804,3 +805,12 @@ def test_what_teachers_of_a_whole_vocabulary_say_of_the_targets(chunk: int) -> N
     torch.testing.assert_close(some, torch.zeros_like(expected).index_copy(0, rows, expected[rows]))
     assert not none.any()
     assert out.divergences[0].requires_grad and not any(x.requires_grad for x in out.teacher_logprobs)
+
+
+@pytest.mark.parametrize(("vocab", "rows"), [(8, 256), (65536, 256), (131072, 128), (151936, 110), (1_000_000, 64)])
+def test_chunks_of_a_large_vocabulary_are_smaller_on_a_cpu(vocab: int, rows: int) -> None:
+    weight = torch.empty(1).expand(vocab, 4)
+    assert chunk_rows(Head(weight)) == rows
+    with torch.device("meta"):
+        shard = VocabShard(0, 2, lambda x: x, lambda x: x)
+        assert chunk_rows(Head(torch.empty(vocab // 2, 4), vocab_size=vocab, shard=shard)) == rows

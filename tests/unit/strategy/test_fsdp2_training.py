@@ -11,6 +11,7 @@ import torch
 
 from roll_opd.algorithms.loss import Loss
 from roll_opd.algorithms.projection import Head
+from roll_opd.distributed.strategy import sharded_trainer
 from roll_opd.distributed.strategy.fsdp2 import FSDP2Strategy
 from roll_opd.distributed.strategy.fsdp2_value import FSDP2ValueStrategy
 from roll_opd.errors import ModelError
@@ -51,6 +52,15 @@ def two_steps(process_group, fsdp2_config, vocabulary, random_model, trained_ite
     config = fsdp2_config(random_model)
     strategy = FSDP2Strategy("student_train", config, vocabulary, CPU, max_grad_norm=1.0, total_updates=5)
     return [step(strategy, trained_items) for _ in range(2)], weights(strategy)
+
+
+def test_the_gradients_norm_is_that_of_all_its_parts(load, trained_items, monkeypatch) -> None:
+    norms = []
+    for numbers in (7, 100, 2**20):
+        monkeypatch.setattr(sharded_trainer, "_NORM_NUMBERS", numbers)
+        norms.append(step(load(), trained_items[:2])["grad_norm"])
+    np.testing.assert_allclose(norms, norms[-1], rtol=1e-12)
+    assert norms[0] > 0
 
 
 @pytest.mark.parametrize(
