@@ -30,6 +30,7 @@ GROUPS = {
     "weight_sync": "transport:weight_sync",
     "objects": "transport:objects",
     "decoding": "decoding:measure",
+    "engines": "engines:measure",
     "sampler": "sampling:measure",
     "scoring": "models:scoring",
     "training": "models:training",

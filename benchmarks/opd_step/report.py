@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from benchmarks.opd_step.rounds import time_to
 from benchmarks.opd_step.workload import LEARNING, REGIMES
 
 JSON_NAME = "opd_step.json"
@@ -18,6 +19,8 @@ COLOURS = {
     "optimizer": "#b279a2", "other": "#bab0ac",
 }  # fmt: skip
 """Phases of either side, in the order in which they are drawn."""
+LEVELS = (0.5, 0.25, 0.15)
+"""Shares of the KL at the start for which times are told beside the target."""
 LINES = {"ours": "#4c78a8", "trl": "#f58518"}
 
 
@@ -133,7 +136,25 @@ def _learning_lines(learning: Mapping[str, Any]) -> list[str]:
             f"| {run['seed']} | {run['target_kl']:.4f} | {cells[0]} | {cells[1]} | {ratio_cell} "
             f"| {run['void_turns']} of {run['turns']} |"
         )
+    lines += ["", "Beside the target:", "", "| seed | KL | roll_opd s | TRL s | ratio |", "|---|---|---|---|---|"]
+    lines += [line for run in learning["runs"] for line in _levels(run)]
     return [*lines, "", "![held-out KL](opd_step_learning.svg)", ""]
+
+
+def _levels(run: Mapping[str, Any]) -> list[str]:
+    """Rows of the times to a few levels, and to the lowest that both sides came to."""
+    curves = {who: [(point["seconds"], point["kl"]) for point in run["curves"][who]] for who in NAMES}
+    start = curves["ours"][0][1]
+    lowest = max(min(kl for _, kl in curve) for curve in curves.values())
+    rows = []
+    for name, level in [
+        *((f"{share:.0%} of the start", share * start) for share in LEVELS),
+        ("lowest of both", lowest),
+    ]:
+        ours, trl = (time_to(level, curves[who]) for who in NAMES)
+        ratio = f"{trl / ours:.2f}x" if ours and trl else ""
+        rows.append(f"| {run['seed']} | {level:.4f}, {name} | {_seconds(ours)} | {_seconds(trl)} | {ratio} |")
+    return rows
 
 
 def _seconds(value: float | None) -> str:

@@ -32,7 +32,7 @@ from roll_opd.distributed.strategy.base import (
     ScoreWant,
 )
 from roll_opd.distributed.strategy.hf import HFStrategy
-from roll_opd.distributed.strategy.tokenizer import vocabulary_of
+from roll_opd.distributed.strategy.tokenizer import Vocabulary, vocabulary_of
 from roll_opd.distributed.strategy.vllm.strategy import VLLMStrategy
 from roll_opd.distributed.strategy.weight_transfer import TransferEnd, WeightBucket, pack
 from roll_opd.distributed.weight_sync import _compare
@@ -96,16 +96,20 @@ def config(folder: str) -> WorkerConfig:
 
 
 @pytest.fixture(scope="module")
-def hf(config: WorkerConfig) -> HFStrategy:
-    vocabulary = vocabulary_of(AutoTokenizer.from_pretrained(QUICKSTART), config.model_args)
+def vocabulary(config: WorkerConfig) -> Vocabulary:
+    return vocabulary_of(AutoTokenizer.from_pretrained(QUICKSTART), config.model_args)
+
+
+@pytest.fixture(scope="module")
+def hf(config: WorkerConfig, vocabulary: Vocabulary) -> HFStrategy:
     return HFStrategy("student_infer", config, vocabulary, torch.device("cpu"), generates=True)
 
 
 @pytest.fixture(scope="module")
-def engine(config: WorkerConfig, hf: HFStrategy) -> Iterator[VLLMStrategy]:
+def engine(config: WorkerConfig, vocabulary: Vocabulary) -> Iterator[VLLMStrategy]:
     async def inside_a_loop() -> VLLMStrategy:
         device = torch.device("cpu")
-        return VLLMStrategy("student_infer", config, hf.vocabulary, device, generates=True, max_length=LONGEST)
+        return VLLMStrategy("student_infer", config, vocabulary, device, generates=True, max_length=LONGEST)
 
     strategy = asyncio.run(inside_a_loop())
     yield strategy

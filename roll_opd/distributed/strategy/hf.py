@@ -54,7 +54,6 @@ class HFStrategy:
         self, role: str, config: WorkerConfig, vocabulary: Vocabulary, device: torch.device, *, generates: bool
     ) -> None:
         self.role, self.config, self.device = role, config, device
-        self.vocabulary = vocabulary
         self.model: PackedModel = load_model(
             config.model_args,
             role=role,

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.opd_step.guard import moves
 from benchmarks.opd_step.machine import ProcessTree, busy_seconds, parent_and_cpu, pss_bytes
-from benchmarks.opd_step.report import verdict
+from benchmarks.opd_step.report import _levels, verdict
 from benchmarks.opd_step.rounds import BenchError, Turn, agreement, of, spread, take_turns, time_to
 from benchmarks.opd_step.side import checksum
 from benchmarks.opd_step.workload import GATE_LENGTHS, REGIMES, Job, gate_responses
@@ -106,6 +106,17 @@ def test_time_to_a_value_lies_between_the_points_around_it():
     assert time_to(0.8, curve) == pytest.approx(10.0)
     assert time_to(0.3, curve) is None
     assert time_to(2.0, curve) == 0.0
+
+
+def test_times_to_other_levels_are_told_beside_the_target():
+    def curve(*points: tuple[float, float]) -> list[dict[str, float]]:
+        return [{"seconds": seconds, "kl": kl} for seconds, kl in points]
+
+    curves = {"ours": curve((0, 1.0), (10, 0.4), (20, 0.2)), "trl": curve((0, 1.0), (40, 0.4), (80, 0.3))}
+    rows = _levels({"seed": 7, "curves": curves})
+    assert rows[0] == "| 7 | 0.5000, 50% of the start | 8.3 | 33.3 | 4.00x |"
+    assert rows[1] == "| 7 | 0.2500, 25% of the start | 17.5 | not reached |  |"
+    assert rows[3] == "| 7 | 0.3000, lowest of both | 15.0 | 80.0 | 5.33x |"
 
 
 # ---- targets and guard -----------------------------------------------------------------------------------------------
