@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from benchmarks.ceilings import tiny
 from benchmarks.ceilings.measure import Row, row
 from benchmarks.ceilings.rates import machine
-from benchmarks.roofline import Shape, decode, forward
+from benchmarks.roofline import Machine, Shape, decode, forward
 from roll_opd.distributed.strategy.base import GenerateRequest, Sampling
 from roll_opd.distributed.strategy.decoding import DecodingLoop
 from roll_opd.distributed.strategy.packed_model import PackedModel, load_model
@@ -39,11 +39,16 @@ def measure() -> Iterable[Row]:
             ).requires_grad_(False)
             rates = machine(dtype)
             for batch in BATCHES:
-                parts = decode(shape, batch, tiny.PROMPT, NEW, tiny.SIZES[dtype])
-                parts += forward(shape, batch * tiny.PROMPT, batch * tiny.PROMPT**2 / 2, tiny.SIZES[dtype])
-                ceiling = 1e3 * sum(part.seconds(rates) for part in parts) / NEW
+                ceiling = 1e3 * seconds_at(rates, shape, batch, NEW, dtype) / NEW
                 for what, run in _ways(model, shape, dtype, batch):
                     yield _row(f"{what}, {tiny.NAMES[dtype]}, batch {batch}", run, batch, ceiling)
+
+
+def seconds_at(rates: Machine, shape: Shape, batch: int, new: int, dtype: torch.dtype) -> float:
+    """Seconds in which a machine of these rates would read ``batch`` prompts and write ``new`` tokens to each."""
+    parts = decode(shape, batch, tiny.PROMPT, new, tiny.SIZES[dtype])
+    parts += forward(shape, batch * tiny.PROMPT, batch * tiny.PROMPT**2 / 2, tiny.SIZES[dtype])
+    return sum(part.seconds(rates) for part in parts)
 
 
 def _row(case: str, run: Callable[[], int], batch: int, ceiling: float) -> Row:

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from benchmarks.ceilings import tiny
+from benchmarks.ceilings.decoding import seconds_at
 from benchmarks.ceilings.measure import Row, row
 from benchmarks.ceilings.rates import machine
-from benchmarks.roofline import Shape, decode, forward
 from roll_opd.configs.strategy_args import StrategyArguments
 from roll_opd.distributed.strategy.base import GenerateRequest, GenerateStrategy, Sampling
 from roll_opd.distributed.strategy.hf import HFStrategy
@@ -35,20 +35,13 @@ def measure() -> Iterable[Row]:
         folder = Path(name)
         shape = tiny.save_model(folder, "student")
         for dtype in (torch.float32, torch.bfloat16):
-            ceiling = _ceiling(shape, dtype)
+            ceiling = SEQUENCES * NEW / seconds_at(machine(dtype), shape, SEQUENCES, NEW, dtype)
             for what, engine in (("hf_infer", _hf), ("vllm, eager", _vllm), ("generate_batch", _continuous)):
                 if engine is _continuous and dtype is torch.bfloat16:
                     continue  # what is of interest takes minutes
                 with engine(folder, dtype) as run:
                     if run is not None:
                         yield _row(f"{what}, {tiny.NAMES[dtype]}", run, ceiling)
-
-
-def _ceiling(shape: Shape, dtype: torch.dtype) -> float:
-    parts = decode(shape, SEQUENCES, tiny.PROMPT, NEW, tiny.SIZES[dtype])
-    parts += forward(shape, SEQUENCES * tiny.PROMPT, SEQUENCES * tiny.PROMPT**2 / 2, tiny.SIZES[dtype])
-    rates = machine(dtype)
-    return SEQUENCES * NEW / sum(part.seconds(rates) for part in parts)
 
 
 def _row(case: str, run: Callable[[], int], ceiling: float) -> Row:
