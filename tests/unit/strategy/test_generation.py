@@ -34,7 +34,7 @@ def prompts(tokenizer) -> list[tuple[int, ...]]:
 
 
 def run(strategy, requests: list[GenerateRequest], stop_ids=(2,), decode=None) -> dict[TrajectoryId, GenerateResult]:
-    loop = DecodingLoop(strategy.model, stop_ids, decode or strategy.vocabulary.decode)
+    loop = DecodingLoop(strategy.model, stop_ids, decode or strategy._loop.decode)
     results = list(loop.run(requests, version=3))
     assert sorted(r.id for r in results) == sorted(r.id for r in requests)
     return {r.id: r for r in results}
@@ -268,7 +268,7 @@ def test_stop_strings_with_the_real_tokenizer(student, prompts, tokenizer) -> No
 def test_a_short_response_is_handed_out_before_a_long_one_is_finished(random_strategy, prompts) -> None:
     short, long = unstopped(random_strategy, prompts[0], 0), unstopped(random_strategy, prompts[1], 1)
     stop = next(token for token in short[:6] if token not in long)
-    loop = DecodingLoop(random_strategy.model, (stop,), random_strategy.vocabulary.decode)
+    loop = DecodingLoop(random_strategy.model, (stop,), random_strategy._loop.decode)
     forwards = 0
     original = loop._forward_one
 
