@@ -24,7 +24,7 @@ help:
 	@echo "make test-trl     compare the divergences with TRL, installed into $(TRL_VENV)"
 	@echo "make bench        one step beside TRL's: speed, memory, time to a held-out KL (an idle machine, an hour and a half)"
 	@echo "make bench-check  ... shorter, against the stored result: what got slower or larger"
-	@echo "make bench-ceilings  what share of this machine each part of a step reaches (about five minutes)"
+	@echo "make bench-ceilings  what share of this machine each part of a step reaches (a quarter of an hour)"
 	@echo "make bench-gpu    a step of distillation on one GPU beside its roofline; without a GPU the roofline on paper"
 	@echo "make install      only make $(VENV)"
 	@echo "make install-engines  ... with vLLM (CPU build) and Megatron-core"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import signal
 import sys
 from pathlib import Path
 
@@ -29,8 +28,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--trl-setting", choices=list(TRL_SETTINGS), help="known to be TRL's best: not calibrated")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results; regimes join those there")
     args = parser.parse_args(argv)
-    # As an interrupt does: the sides are ended on the way out.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     args.output.mkdir(parents=True, exist_ok=True)
     pairs, seeds, plan = args.pairs, args.seeds, LEARNING

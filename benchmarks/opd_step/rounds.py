@@ -140,8 +140,12 @@ class Process:
         try:
             self._process.wait(60)
         except subprocess.TimeoutExpired:
-            self._process.terminate()
-            self._process.wait(60)
+            pass
+        finally:
+            # Also where a second signal ends the waiting.
+            if self._process.poll() is None:
+                self._process.terminate()
+                self._process.wait(60)
 
     def __enter__(self) -> Process:
         return self
@@ -186,8 +190,11 @@ def _run_once(who: Who, what: str, job: Job, *rest: str, threads: int = 1) -> No
     """Run a side's other duties to their end."""
     log = Path(job.folder) / f"{what}.log"
     process = _start(who, [what, str(job.write()), *rest], {"OMP_NUM_THREADS": str(threads)}, log)
-    if process.wait() != 0:
-        raise BenchError(f"{who}: {what} failed; see {log}")
+    try:
+        if process.wait() != 0:
+            raise BenchError(f"{who}: {what} failed; see {log}")
+    finally:
+        process.kill()  # nothing where it has ended
 
 
 def scratch() -> tempfile.TemporaryDirectory[str]:

@@ -101,7 +101,9 @@ def support_scores(
     Raises:
         ValueError: ``top_k`` or an id beyond the vocabulary, or shapes that do not fit together.
     """
-    n, vocab, chunk_tokens = len(targets_n), head.total, (chunk_tokens or chunk_rows(head)) * head.shard.ranks
+    if chunk_tokens is None:
+        chunk_tokens = chunk_rows(head)
+    n, vocab, chunk_tokens = len(targets_n), head.total, chunk_tokens * head.shard.ranks
     if not 0 <= top_k <= vocab:
         raise ValueError(f"top_k is {top_k}, must lie between 0 and the vocabulary's size of {vocab}")
     if hidden_nH.shape[0] != n or (given_ids_nK is not None and len(given_ids_nK) != n):

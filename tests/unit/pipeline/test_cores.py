@@ -235,9 +235,8 @@ def test_threads_are_changed_between_two_pieces_of_work() -> None:
 
 def test_what_nobody_has_lent_cores_to_uses_as_many_as_at_the_start() -> None:
     lent, before = LentThreads(torch.get_num_threads()), torch.get_num_threads()
+    lent.use(before + 1)
     with lent.working():
-        lent.use(before + 1)
-        lent.pause()
         assert torch.get_num_threads() == before + 1
     lent.rest()
     assert torch.get_num_threads() == before
