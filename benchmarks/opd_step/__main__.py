@@ -7,10 +7,11 @@ import dataclasses
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks.opd_step import report
 from benchmarks.opd_step.machine import facts
-from benchmarks.opd_step.rounds import REPOSITORY, TRL_SETTINGS, Bench, BenchError, scratch
+from benchmarks.opd_step.rounds import REPOSITORY, TRL_SETTINGS, Bench, BenchError, learned, scratch
 from benchmarks.opd_step.workload import LEARNING, REGIMES
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -32,24 +33,31 @@ def main(argv: list[str] | None = None) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     pairs, seeds, plan = args.pairs, args.seeds, LEARNING
     if args.quick:
-        pairs, seeds, plan = 2, seeds[:1], dataclasses.replace(plan, steps=2 * plan.every, prompts=32)
+        pairs, seeds, plan = 2, seeds[:1], dataclasses.replace(plan, max_steps=2 * plan.every, prompts=32)
+    results = report.load(args.output)
+
+    def keep(name: str, result: dict[str, Any], versions: dict[str, Any]) -> None:
+        machine = facts(REPOSITORY) | {"versions": versions}
+        results[name] = result | {"machine": {key: value for key, value in machine.items() if key != "cpu_flags"}}
+        results["machine"] = machine
+        report.write(results, args.output)
+
     with scratch() as folder:
         try:
             bench = Bench(Path(folder))
-            results = report.load(args.output)
             setting = args.trl_setting
             for name in args.regimes:
                 if name == LEARN:
                     setting = setting or bench.calibrate(REGIMES["ragged"], 1 if args.quick else 2)[0]
-                    results[LEARN] = bench.learning(setting, seeds, plan)
+                    runs: list[dict[str, Any]] = []
+                    for seed in seeds:
+                        runs.append(bench.learning(setting, seed, plan))
+                        keep(LEARN, learned(plan, runs), bench.versions)
                 else:
-                    results[name] = bench.speed(REGIMES[name], pairs, 1 if args.quick else 2, args.trl_setting)
+                    result = bench.speed(REGIMES[name], pairs, 1 if args.quick else 2, args.trl_setting)
+                    keep(name, result, bench.versions)
                     if name == "ragged":
-                        setting = results[name]["trl_setting"]
-                machine = facts(REPOSITORY) | {"versions": bench.versions}
-                results[name]["machine"] = {key: value for key, value in machine.items() if key != "cpu_flags"}
-                results["machine"] = machine
-                report.write(results, args.output)
+                        setting = result["trl_setting"]
         except BenchError as error:
             sys.stdout.write(f"NO RATIO: {error}\n")
             return 1

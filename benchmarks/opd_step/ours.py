@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer
 
-from benchmarks.opd_step.side import Ended, Side, checksum
+from benchmarks.opd_step.side import Ended, Side, checksum, private_stdout
 from benchmarks.opd_step.workload import MAX_STEPS, Job, gate_responses, read_prompts
 from roll_opd.algorithms.chunked_head import FullTarget
 from roll_opd.configs import load_config
@@ -185,19 +185,20 @@ def gate(job: Job) -> None:
 
 
 @torch.inference_mode()
-def held_out(job: Job, folders: Sequence[str]) -> None:
-    """Write ``held_out.json``: for each folder of student's weights its exact reverse KL to the teacher.
+def held_out(job: Job) -> None:
+    """Answer each ``{"weights": folder}`` on standard input with the exact reverse KL of that student to the teacher.
 
     Nats per token, over the whole vocabulary, on responses that those weights sample to ``job.prompts`` with seeds that
     are the same for all folders. In fp32.
     """
+    answers = private_stdout()
     config = config_of(job).config
     vocabulary = _vocabulary(job, config)
     prompts = AutoTokenizer.from_pretrained(job.student)(read_prompts(job.prompts))["input_ids"]
     sampling = Sampling(max_new_tokens=job.regime.max_new_tokens)
     teacher = HFStrategy("teacher", config.teachers[TEACHER], vocabulary, CPU, generates=False)
-    out: dict[str, dict[str, float]] = {}
-    for folder in folders:
+    for line in sys.stdin:
+        folder = json.loads(line)["weights"]
         model = dataclasses.replace(config.actor_infer.model_args, model_name_or_path=folder)
         infer = dataclasses.replace(config.actor_infer, model_args=model)
         student = HFStrategy("student_infer", infer, vocabulary, CPU, generates=True)
@@ -217,13 +218,10 @@ def held_out(job: Job, folders: Sequence[str]) -> None:
             outputs, _ = student.model.token_logprobs(row, [target])
             kl += float(outputs.divergences[0].double().sum())
             tokens += len(outputs.divergences[0])
-        out[folder] = {"kl": kl / tokens, "mean_length": tokens / len(prompts)}
-    (Path(job.folder) / "held_out.json").write_text(json.dumps(out, indent=1))
+        answers.write(json.dumps({"kl": kl / tokens, "mean_length": tokens / len(prompts)}) + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":
-    what, path, *rest = sys.argv[1:]
-    if what == "held_out":
-        held_out(Job.read(path), rest)
-    else:
-        {"run": run, "gate": gate}[what](Job.read(path))
+    what, path = sys.argv[1:]
+    {"run": run, "gate": gate, "held_out": held_out}[what](Job.read(path))

@@ -119,21 +119,23 @@ def _learning_lines(learning: Mapping[str, Any]) -> list[str]:
     lines = [
         f"## Time to {plan['share']:.0%} of the held-out reverse KL that training starts from",
         "",
-        f"{plan['regime']['title']}; {plan['steps']} steps at {plan['regime']['optimizer']['learning_rate']:g}; KL of "
+        f"{plan['regime']['title']}; learning rate {plan['regime']['optimizer']['learning_rate']:g}; KL of "
         f"student and teacher over the whole vocabulary, on the student's own responses to {plan['prompts']} held-out "
-        "prompts, by one evaluator for both sides.",
+        f"prompts, by one evaluator for both sides, every {plan['every']} steps. A side ends once it is there, or "
+        f"after {plan['max_steps']} steps. Evaluation is nobody's time.",
         "",
         f"Ratio: {'not reached' if ratio is None else _range(ratio)}; "
         f"{verdict(None if ratio is None else ratio['median'], LEARNING.target)}.",
         "",
-        "| seed | target KL | roll_opd s | TRL s | ratio | disturbed turns |",
-        "|---|---|---|---|---|---|",
+        "| seed | target KL | roll_opd s | TRL s | ratio | steps of roll_opd, TRL | TRL with | disturbed turns |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for run in learning["runs"]:
         cells = [_seconds(run["seconds_to_target"][who]) for who in NAMES]
         ratio_cell = "" if run["ratio"] is None else f"{run['ratio']:.2f}x"
         lines.append(
             f"| {run['seed']} | {run['target_kl']:.4f} | {cells[0]} | {cells[1]} | {ratio_cell} "
+            f"| {', '.join(str(run['curves'][who][-1]['step']) for who in NAMES)} | {run['trl_setting']} "
             f"| {run['void_turns']} of {run['turns']} |"
         )
     lines += ["", "Beside the target:", "", "| seed | KL | roll_opd s | TRL s | ratio |", "|---|---|---|---|---|"]
@@ -142,15 +144,15 @@ def _learning_lines(learning: Mapping[str, Any]) -> list[str]:
 
 
 def _levels(run: Mapping[str, Any]) -> list[str]:
-    """Rows of the times to a few levels, and to the lowest that both sides came to."""
+    """Rows of the times to a few levels; where the target was not reached, also to the lowest that both came to."""
     curves = {who: [(point["seconds"], point["kl"]) for point in run["curves"][who]] for who in NAMES}
     start = curves["ours"][0][1]
     lowest = max(min(kl for _, kl in curve) for curve in curves.values())
+    levels = [(f"{share:.0%} of the start", share * start) for share in LEVELS]
+    if lowest > run["target_kl"]:
+        levels.append(("lowest of both", lowest))
     rows = []
-    for name, level in [
-        *((f"{share:.0%} of the start", share * start) for share in LEVELS),
-        ("lowest of both", lowest),
-    ]:
+    for name, level in levels:
         ours, trl = (time_to(level, curves[who]) for who in NAMES)
         ratio = f"{trl / ours:.2f}x" if ours and trl else ""
         rows.append(f"| {run['seed']} | {level:.4f}, {name} | {_seconds(ours)} | {_seconds(trl)} | {ratio} |")

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -92,50 +92,34 @@ Pair = tuple[Turn, Turn]
 """Adjacent turns: ours, TRL's; whichever came first."""
 
 
-class Process:
-    """A side that is alive, and the driver's end of the conversation with it.
-
-    Between its turns all its processes are stopped: an idle Ray takes a fifteenth of a core, which would be taken from
-    the other side.
+class Talk:
+    """A process that is asked in JSON lines on its standard input and answers each with one on its standard output.
 
     Args:
-        who: which side.
-        job: what it does.
+        who: whose Python runs it.
+        what: it is to do.
+        job: what it works on.
         environment: variables besides the usual ones.
 
-    Attributes:
-        greeting: what it said when it was ready.
-        tree: its processes.
+    Raises:
+        BenchError: it has died instead of answering.
     """
 
-    def __init__(self, who: Who, job: Job, environment: Mapping[str, str]) -> None:
+    def __init__(self, who: Who, what: str, job: Job, environment: Mapping[str, str]) -> None:
         self.who, self.job = who, job
-        self._log = Path(job.folder) / "side.log"
-        path = job.write()
-        self._process = _start(who, ["run", str(path)], environment, self._log, talks=True)
-        self.tree = ProcessTree(self._process.pid)
-        self.greeting = self._answer()
-        self.tree.cpu_seconds()
-        self.tree.send(signal.SIGSTOP)
+        self._log = Path(job.folder) / f"{what}.log"
+        self._process = _start(who, [what, str(job.write())], environment, self._log, talks=True)
 
-    def run(self, steps: int, memory: bool = False) -> Turn:
-        """Let it take a turn; with a look at its memory it is no turn to be timed."""
-        self.tree.send(signal.SIGCONT)
-        with Watch(self.tree, memory) as watch:
-            answer = self._ask(run=steps)
-        self.tree.send(signal.SIGSTOP)
-        return Turn(self.who, answer["steps"], watch.others, watch.peak_pss)
-
-    def write_weights(self, folder: Path) -> None:
-        """Have the student written, in Hugging Face format."""
-        self.tree.send(signal.SIGCONT)
-        self._ask(weights=str(folder))
-        self.tree.send(signal.SIGSTOP)
+    def ask(self, **command: Any) -> dict[str, Any]:
+        """Ask; return the answer."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
 
     def close(self) -> None:
         """End it and all its processes."""
         assert self._process.stdin is not None
-        self.tree.send(signal.SIGCONT)
         self._process.stdin.close()
         try:
             self._process.wait(60)
@@ -147,17 +131,11 @@ class Process:
                 self._process.terminate()
                 self._process.wait(60)
 
-    def __enter__(self) -> Process:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _ask(self, **command: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -165,6 +143,44 @@ class Process:
         if not line:
             raise BenchError(f"{self.who} has died; see {self._log}")
         return dict(json.loads(line))
+
+
+class Process(Talk):
+    """A side that is alive, and the driver's end of the conversation with it.
+
+    Between its turns all its processes are stopped: an idle Ray takes a fifteenth of a core, which would be taken from
+    the other side.
+
+    Attributes:
+        greeting: what it said when it was ready.
+        tree: its processes.
+    """
+
+    def __init__(self, who: Who, job: Job, environment: Mapping[str, str]) -> None:
+        super().__init__(who, "run", job, environment)
+        self.tree = ProcessTree(self._process.pid)
+        self.greeting = self._answer()
+        self.tree.cpu_seconds()
+        self.tree.send(signal.SIGSTOP)
+
+    def run(self, steps: int, memory: bool = False) -> Turn:
+        """Let it take a turn; with a look at its memory it is no turn to be timed."""
+        self.tree.send(signal.SIGCONT)
+        with Watch(self.tree, memory) as watch:
+            answer = self.ask(run=steps)
+        self.tree.send(signal.SIGSTOP)
+        return Turn(self.who, answer["steps"], watch.others, watch.peak_pss)
+
+    def write_weights(self, folder: Path) -> None:
+        """Have the student written, in Hugging Face format."""
+        self.tree.send(signal.SIGCONT)
+        self.ask(weights=str(folder))
+        self.tree.send(signal.SIGSTOP)
+
+    def close(self) -> None:
+        """Let it go on, to its end."""
+        self.tree.send(signal.SIGCONT)
+        super().close()
 
 
 def _start(
@@ -186,10 +202,10 @@ def _start(
         )
 
 
-def _run_once(who: Who, what: str, job: Job, *rest: str, threads: int = 1) -> None:
-    """Run a side's other duties to their end."""
+def _run_once(who: Who, what: str, job: Job) -> None:
+    """Run a side's other duty, on one thread, to its end."""
     log = Path(job.folder) / f"{what}.log"
-    process = _start(who, [what, str(job.write()), *rest], {"OMP_NUM_THREADS": str(threads)}, log)
+    process = _start(who, [what, str(job.write())], {"OMP_NUM_THREADS": "1"}, log)
     try:
         if process.wait() != 0:
             raise BenchError(f"{who}: {what} failed; see {log}")
@@ -311,58 +327,50 @@ class Bench:
 
     # ---- learning ----------------------------------------------------------------------------------------------------
 
-    def learning(self, setting: str, seeds: Sequence[int], plan: Learning = LEARNING) -> dict[str, Any]:
+    def learning(self, setting: str, seed: int, plan: Learning = LEARNING) -> dict[str, Any]:
         """Train both from the same start; one evaluator says when each reaches the held-out KL."""
         self.gate(plan.regime)
-        runs = [self._learning_run(setting, seed, plan) for seed in seeds]
-        ratios = [run["ratio"] for run in runs]
-        return {
-            "plan": asdict(plan),
-            "trl_setting": setting,
-            "ratio": spread(ratios) if None not in ratios else None,
-            "runs": runs,
-        }
-
-    def _learning_run(self, setting: str, seed: int, plan: Learning) -> dict[str, Any]:
-        regime = plan.regime
-        folder = self.folder / f"learning-{seed}"
-        start = str(self.pair(regime).student)
-        looks: dict[Who, list[tuple[int, float, str]]] = {"ours": [(0, 0.0, start)], "trl": [(0, 0.0, start)]}
-        turns: list[Turn] = []
+        regime, folder = plan.regime, self.folder / f"learning-{seed}"
+        void: list[bool] = []
         with (
+            self._evaluator(regime, seed, plan.prompts) as evaluator,
             self.start("trl", regime, TRL_SETTINGS[setting], seed) as trl,
             self.start("ours", regime, seed=seed) as ours,
         ):
-            for number, step in enumerate(range(plan.every, plan.steps + 1, plan.every)):
-                for side in (ours, trl) if number % 2 == 0 else (trl, ours):
-                    turn = side.run(plan.every)
-                    turns.append(turn)
-                    weights = folder / f"{side.who}-{step}"
-                    side.write_weights(weights)
-                    looks[side.who].append((step, looks[side.who][-1][1] + turn.seconds, str(weights)))
-                logger.info("learning, seed %d: step %d of %d", seed, step, plan.steps)
-        prompts = self.folder / "held-out.jsonl"
-        held_out = read_prompts(self.pair(regime).heldout)[: plan.prompts]
-        prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in held_out))
-        job = replace(self.job("held-out", regime, seed), prompts=str(prompts))
-        folders = list(dict.fromkeys(weights for each in looks.values() for _, _, weights in each))
-        _run_once("ours", "held_out", job, *folders, threads=os.cpu_count() or 1)
-        found = json.loads((Path(job.folder) / "held_out.json").read_text())
-        curves = {
-            who: [{"step": s, "seconds": t, **found[weights]} for s, t, weights in each] for who, each in looks.items()
-        }
-        target = plan.share * found[start]["kl"]
+            sides: dict[Who, Process] = {"ours": ours, "trl": trl}
+
+            def train(who: Who, step: int) -> float:
+                turn = sides[who].run(plan.every)
+                void.append(turn.void)
+                sides[who].write_weights(folder / f"{who}-{step}")
+                return turn.seconds
+
+            def look(who: Who, step: int) -> dict[str, float]:
+                return evaluator.ask(weights=str(folder / f"{who}-{step}"))
+
+            start = evaluator.ask(weights=str(self.pair(regime).student))
+            target = plan.share * start["kl"]
+            curves = race(train, look, start, target, plan.every, plan.max_steps)
         times = {who: time_to(target, [(p["seconds"], p["kl"]) for p in curve]) for who, curve in curves.items()}
         reached = times["ours"] is not None and times["trl"] is not None
         return {
             "seed": seed,
+            "trl_setting": setting,
             "target_kl": target,
             "seconds_to_target": times,
             "ratio": times["trl"] / times["ours"] if reached else None,  # type: ignore[operator]
-            "void_turns": sum(turn.void for turn in turns),
-            "turns": len(turns),
+            "void_turns": sum(void),
+            "turns": len(void),
             "curves": curves,
         }
+
+    def _evaluator(self, regime: Regime, seed: int, prompts: int) -> Talk:
+        job = self.job("held-out", regime, seed)
+        path = self.folder / "held-out.jsonl"
+        held_out = read_prompts(self.pair(regime).heldout)[:prompts]
+        path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in held_out))
+        threads = {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}
+        return Talk("ours", "held_out", replace(job, prompts=str(path)), threads)
 
 
 # ---- what can be said without a process ------------------------------------------------------------------------------
@@ -407,6 +415,39 @@ def take_turns(turn: Callable[[Who], Turn], pairs: int) -> tuple[list[Pair], lis
     return good + void[:missing], void[missing:]
 
 
+def race(
+    train: Callable[[Who, int], float],
+    look: Callable[[Who, int], dict[str, float]],
+    start: Mapping[str, float],
+    target: float,
+    every: int,
+    max_steps: int,
+) -> dict[Who, list[dict[str, float]]]:
+    """Let each side train until a look says that it has reached ``target``; who comes first alternates.
+
+    Args:
+        train: has a side train until a step, ``every`` further than before, and returns the seconds it took.
+        look: returns ``kl`` of a side after a step, and whatever else is to be kept. Its time counts for nobody.
+        start: what ``look`` says of the weights that both start from.
+        target: the KL to reach.
+        every: steps between two looks.
+        max_steps: after which a side ends wherever it is.
+
+    Returns:
+        For each side its looks, in order, with ``step`` and the ``seconds`` of training until then.
+    """
+    curves: dict[Who, list[dict[str, float]]] = {who: [{"step": 0, "seconds": 0.0, **start}] for who in ("ours", "trl")}
+    for number, step in enumerate(range(every, max_steps + 1, every)):
+        order: tuple[Who, Who] = ("ours", "trl") if number % 2 == 0 else ("trl", "ours")
+        for who in order:
+            curve = curves[who]
+            if curve[-1]["kl"] > target:
+                seconds = curve[-1]["seconds"] + train(who, step)
+                curve.append({"step": step, "seconds": seconds, **look(who, step)})
+                logger.info("%s, step %d: KL %.4f of %.4f after %.0f s", who, step, curve[-1]["kl"], target, seconds)
+    return curves
+
+
 def of(who: Who, pairs: Sequence[Pair]) -> list[Turn]:
     """One side's turns."""
     return [turn for pair in pairs for turn in pair if turn.who == who]
@@ -415,6 +456,12 @@ def of(who: Who, pairs: Sequence[Pair]) -> list[Turn]:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and range."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def learned(plan: Learning, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The runs of all seeds, and the spread of their ratios; none where one of them has none."""
+    ratios = [run["ratio"] for run in runs]
+    return {"plan": asdict(plan), "ratio": None if None in ratios else spread(ratios), "runs": list(runs)}
 
 
 def time_to(target: float, curve: Sequence[tuple[float, float]]) -> float | None:

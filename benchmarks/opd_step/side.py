@@ -11,7 +11,7 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from benchmarks.opd_step.workload import Step
 
@@ -20,16 +20,22 @@ class Ended(Exception):
     """The driver has closed the conversation."""
 
 
+def private_stdout() -> TextIO:
+    """Standard output, for the driver's lines alone: from here on whatever else is printed goes to standard error."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return out
+
+
 class Side:
-    """Standard output becomes the driver's alone; whatever else is printed goes to standard error.
+    """A side that waits for its turns.
 
     Args:
         write_weights: writes the student in Hugging Face format into a folder.
     """
 
     def __init__(self, write_weights: Callable[[str], None]) -> None:
-        self._out = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)
+        self._out = private_stdout()
         self._write_weights = write_weights
         self._left = 0
         self._steps: list[Step] = []

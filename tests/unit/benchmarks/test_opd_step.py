@@ -14,10 +14,10 @@ import pytest
 
 from benchmarks.opd_step.guard import moves
 from benchmarks.opd_step.machine import ProcessTree, busy_seconds, parent_and_cpu, pss_bytes
-from benchmarks.opd_step.report import _levels, verdict
-from benchmarks.opd_step.rounds import BenchError, Turn, agreement, of, spread, take_turns, time_to
+from benchmarks.opd_step.report import _learning_lines, _levels, verdict
+from benchmarks.opd_step.rounds import BenchError, Turn, agreement, learned, of, race, spread, take_turns, time_to
 from benchmarks.opd_step.side import checksum
-from benchmarks.opd_step.workload import GATE_LENGTHS, REGIMES, Job, gate_responses
+from benchmarks.opd_step.workload import GATE_LENGTHS, LEARNING, REGIMES, Job, gate_responses
 
 QUIET, BUSY = 0.05, 0.3
 
@@ -113,10 +113,57 @@ def test_times_to_other_levels_are_told_beside_the_target():
         return [{"seconds": seconds, "kl": kl} for seconds, kl in points]
 
     curves = {"ours": curve((0, 1.0), (10, 0.4), (20, 0.2)), "trl": curve((0, 1.0), (40, 0.4), (80, 0.3))}
-    rows = _levels({"seed": 7, "curves": curves})
+    rows = _levels({"seed": 7, "target_kl": 0.1, "curves": curves})
     assert rows[0] == "| 7 | 0.5000, 50% of the start | 8.3 | 33.3 | 4.00x |"
     assert rows[1] == "| 7 | 0.2500, 25% of the start | 17.5 | not reached |  |"
     assert rows[3] == "| 7 | 0.3000, lowest of both | 15.0 | 80.0 | 5.33x |"
+    assert len(_levels({"seed": 7, "target_kl": 0.3, "curves": curves})) == 3
+
+
+def race_of(falls: dict[str, float], max_steps: int = 12) -> tuple[list[str], dict]:
+    """Sides whose KL is halved, or whatever ``falls`` says, by every step; two steps take ours 3 s and TRL's 10 s."""
+    order: list[str] = []
+
+    def train(who: str, step: int) -> float:
+        order.append(f"{who} {step}")
+        return {"ours": 3.0, "trl": 10.0}[who]
+
+    curves = race(train, lambda who, step: {"kl": falls[who] ** step}, {"kl": 1.0}, 0.1, every=2, max_steps=max_steps)
+    return order, curves
+
+
+def test_each_side_of_a_race_ends_at_the_target_and_the_other_goes_on():
+    order, curves = race_of({"ours": 0.5, "trl": 0.75})
+    assert order == ["ours 2", "trl 2", "trl 4", "ours 4", "trl 6", "trl 8", "trl 10"]
+    assert [point["step"] for point in curves["ours"]] == [0, 2, 4]
+    assert [point["seconds"] for point in curves["ours"]] == [0.0, 3.0, 6.0]
+    assert [point["step"] for point in curves["trl"]] == [0, 2, 4, 6, 8, 10]
+    assert curves["trl"][-2]["kl"] > 0.1 >= curves["trl"][-1]["kl"]
+
+
+def test_a_race_that_nobody_ends_ends_with_its_budget():
+    order, curves = race_of({"ours": 0.99, "trl": 0.99}, max_steps=5)
+    assert order == ["ours 2", "trl 2", "trl 4", "ours 4"]
+    assert [curve[-1]["step"] for curve in curves.values()] == [4, 4]
+
+
+def test_a_ratio_needs_every_seed():
+    def run(ratio: float | None) -> dict:
+        return {"ratio": ratio}
+
+    assert learned(LEARNING, [run(3.0), run(4.0)])["ratio"] == {"median": 3.5, "min": 3.0, "max": 4.0}
+    assert learned(LEARNING, [run(3.0), run(None)])["ratio"] is None
+
+
+def test_the_report_tells_both_sides_of_a_race():
+    curves = race_of({"ours": 0.5, "trl": 0.75})[1]
+    run = {
+        "seed": 3, "trl_setting": "2 threads", "target_kl": 0.1, "seconds_to_target": {"ours": 5.5, "trl": 40.0},
+        "ratio": 40 / 5.5, "void_turns": 1, "turns": 7, "curves": curves,
+    }  # fmt: skip
+    lines = _learning_lines(learned(LEARNING, [run]))
+    assert "Ratio: 7.27x (7.27 to 7.27); ≥ 1.5x: reached." in lines
+    assert "| 3 | 0.1000 | 5.5 | 40.0 | 7.27x | 4, 10 | 2 threads | 1 of 7 |" in lines
 
 
 # ---- targets and guard -----------------------------------------------------------------------------------------------
