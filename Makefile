@@ -7,7 +7,8 @@ ENGINES := $(VENV)/.engines
 DEV := $(VENV)/.dev
 TRL_VENV := .venv-trl
 
-QUICKSTART := PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart/run_onpolicy_distill_pipeline.sh
+RUN := PYTHON="$(CURDIR)/$(BIN)/python" bash
+QUICKSTART := $(RUN) examples/quickstart/run_onpolicy_distill_pipeline.sh
 
 INSTALL_GEM := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-gem.txt
 
@@ -64,7 +65,7 @@ quickstart: $(RUNTIME)
 	$(QUICKSTART)
 
 quickstart-agentic: $(RUNTIME)
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart_agentic/run_quickstart_agentic.sh
+	$(RUN) examples/quickstart_agentic/run_quickstart_agentic.sh
 
 quickstart-vllm: $(ENGINES)
 	$(QUICKSTART) output_dir=./output/quickstart-vllm student_infer.strategy_args.strategy_name=vllm

@@ -209,7 +209,7 @@ def held_out(job: Job) -> None:
         kl, tokens, size = 0.0, 0, config.actor_infer.infer_batch_size
         for start in range(0, len(requests), size):
             batch = requests[start : start + size]
-            responses = {r.id: r.response_ids for r in student._run(batch)}
+            responses = {r.id: r.response_ids for r in student._loop.run(batch, 0)}
             trajectories = [_trajectory(q.id.draw, q.prompt_ids, responses[q.id].tolist()) for q in batch]
             scores = teacher.score(_requests(trajectories), want_of(config))
             hidden = torch.cat([tensor_of(s.details, CPU) for s in scores if isinstance(s.details, RawTensor)])

@@ -3,8 +3,7 @@
 # Further arguments are overrides, for example: seed=2 max_steps=10
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-cd "$here/../.."
 config="${CONFIG:-onpolicy_distill}"
-launcher=start_agentic_pipeline.py
-[ "$config" = onpolicy_distill ] && launcher=start_onpolicy_distill_pipeline.py
-exec python "examples/$launcher" --config_path "$here" --config_name "$config" "$@"
+launcher=agentic
+if [ "$config" = onpolicy_distill ]; then launcher=onpolicy_distill; fi
+exec bash "$here/../run.sh" "$launcher" "$here" "$config" "$@"

@@ -2,7 +2,4 @@
 # Start Qwen3-0.6B <- Qwen3-8B on one GPU. Arguments are passed on: overrides such as max_steps=10, or --plan.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-# The YAML's data paths are relative to the repository.
-cd "$here/../.."
-exec "${PYTHON:-python}" examples/start_onpolicy_distill_pipeline.py \
-    --config_path "$here" --config_name onpolicy_distill "$@"
+exec bash "$here/../run.sh" onpolicy_distill "$here" onpolicy_distill "$@"

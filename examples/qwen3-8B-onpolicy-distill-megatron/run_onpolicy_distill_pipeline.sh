@@ -2,13 +2,5 @@
 # Start Qwen3-8B <- Qwen3-32B. Arguments are passed on: overrides such as max_steps=10, or --plan.
 # CONFIG_NAME=multi_teacher_onpolicy_distill_config chooses the run with two teachers.
 set -euo pipefail
-
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-repo="$(cd "$here/../.." && pwd)"
-
-# The YAML's data paths are relative to the repository.
-cd "$repo"
-exec "${PYTHON:-python}" examples/start_onpolicy_distill_pipeline.py \
-    --config_path "$here" \
-    --config_name "${CONFIG_NAME:-onpolicy_distill_config}" \
-    "$@"
+exec bash "$here/../run.sh" onpolicy_distill "$here" "${CONFIG_NAME:-onpolicy_distill_config}" "$@"

@@ -1,4 +1,4 @@
-"""Distillation settings whose gradient is not the one they name are refused here, with the reason (SPEC section 3)."""
+"""Distillation settings whose gradient is not the one they name are refused here, with the reason."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ FREE = split_names("""
 FREE_IN_ROLES = split_names("""
     name device_mapping world_size num_gpus_per_worker cpu_threads backend_timeout system_envs
 """)
+FREE_INSIDE_ROLES = "training_args.save_hf_model"
 # The same for an environment, and for the workers of those that train.
 FREE_IN_ENVIRONMENTS = split_names("reset_timeout step_timeout max_env_step_concurrent use_thread_lock")
 FREE_IN_ENV_MANAGER = split_names("max_env_num_per_worker max_traj_per_env")
@@ -118,7 +119,8 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
 def _verdict(path: str) -> str:
     top, *rest = path.split(".")
     inside = rest[1:] if top in _NAMED_ROLES else rest
-    if top in FREE or (top in _ROLES and inside and inside[0] in FREE_IN_ROLES):
+    free_in_role = bool(inside) and (inside[0] in FREE_IN_ROLES or ".".join(inside) == FREE_INSIDE_ROLES)
+    if top in FREE or (top in _ROLES and free_in_role):
         return "free"
     if top == "custom_envs" and rest[1:] and rest[1] in FREE_IN_ENVIRONMENTS:
         return "free"

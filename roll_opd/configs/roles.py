@@ -47,7 +47,7 @@ class MappedRoles:
 
 
 def map_roles(user: Mapping[str, Any], launcher: str) -> MappedRoles:
-    """Rename the roles of ``user`` (as loaded from YAML) and settle mode and pipeline; see SPEC sections 2 and 4."""
+    """Rename the roles of ``user`` (as loaded from YAML) and settle mode and pipeline."""
     if launcher not in LAUNCHERS:
         raise ConfigError(
             "launcher", f"{launcher!r} is not one of: {', '.join(LAUNCHERS)}{did_you_mean(launcher, LAUNCHERS)}"

@@ -252,7 +252,7 @@ ROLL_KEYS: dict[str, dict[str, RollKey]] = {
     },
     "TrainingArguments": {
         **_same("lr_scheduler_type weight_decay adam_beta1 adam_beta2 gradient_accumulation_steps warmup_ratio"),
-        **_same("warmup_steps"),
+        **_same("warmup_steps save_hf_model"),
         **_fixed(
             learning_rate="1e-6 when left out, where ROLL has 5e-5",
             per_device_train_batch_size="1 when left out, where ROLL has 8",
@@ -262,7 +262,6 @@ ROLL_KEYS: dict[str, dict[str, RollKey]] = {
         **_ignored("`model_args.dtype` decides", "fp16 bf16"),
         **_ignored(_UNREAD, "data_seed tf32"),
         **_ignored("rows are read once, at the start", "dataloader_num_workers"),
-        **_ignored("every checkpoint and the final student are in Hugging Face format", "save_hf_model"),
     },
     "DataArguments": {
         **_same("domain_interleave_probs preprocessing_num_workers file_name tag id"),
@@ -342,8 +341,8 @@ ROLL_KEYS: dict[str, dict[str, RollKey]] = {
         **_ignored("gradients are always reduced in fp32", "accumulate_allreduce_grads_in_fp32"),
         **_ignored("a gradient that is not finite always stops the run", "check_for_nan_in_loss_and_grad"),
         **_ignored("checkpoints have one format", "ckpt_format ckpt_d2h_non_blocking distrib_optim_fully_reshardable"),
-        **_ignored("checkpoints have one format", "distrib_optim_fully_reshardable_mem_efficient save_hf_model"),
-        **_ignored("checkpoints have one format", "save_merged_model"),
+        **_ignored("checkpoints have one format", "distrib_optim_fully_reshardable_mem_efficient save_merged_model"),
+        **_ignored("`training_args.save_hf_model` decides", "save_hf_model"),
         **_ignored(_DTYPE, "bf16 fp16"),
         **_ignored("the pipeline's `max_grad_norm` decides; a launch refuses another value", "max_grad_norm"),
         **_planned("`training_args.optimizer` decides", "adam", names="optimizer"),
@@ -405,7 +404,10 @@ ROLL_KEYS: dict[str, dict[str, RollKey]] = {
     },
     "ToolWrapperConfig": _same("wrapper_args tool_configs"),
     "ToolWrapperArguments": _same("tool_reward tool_success_reward max_tool_uses"),
-    "ToolConfig": _same("tool_id tool_args"),
+    "ToolConfig": {
+        **_same("tool_args"),
+        **_fixed(tool_id="`python_code`, or the import path of a class; `search` and `mcp` are refused"),
+    },
     "EnvRewardConfig": _same("llm_proxy"),
     "LLMProxyArguments": _same("proxy_type proxy_config"),
     "RewardNormalizationArguments": {

@@ -35,3 +35,5 @@ class TrainingArguments:
     """Samples (trajectories) per data-parallel rank and micro-batch."""
     gradient_accumulation_steps: int = ranged(1, ge=1)
     """Micro-batches per optimizer step on each data-parallel rank."""
+    save_hf_model: bool = False
+    """Every checkpoint also holds the model in Hugging Face format, as the last one always does."""

@@ -60,7 +60,8 @@ class CheckpointFolder:
         temporary = self.root / f"checkpoint-{step}.tmp"
         try:
             for leftover in self.root.glob("checkpoint-*.tmp"):
-                shutil.rmtree(leftover)
+                # A removed checkpoint whose files are still in use on a network disk is in nobody's way.
+                shutil.rmtree(leftover, ignore_errors=leftover.name.endswith(".removed.tmp"))
             temporary.mkdir(parents=True)
             write(temporary)
             (temporary / STATE_FILE).write_text(json.dumps(state, indent=1, sort_keys=True))
@@ -73,10 +74,19 @@ class CheckpointFolder:
             _sync_to_disk(self.root, deep=False)
         except OSError as error:
             raise LaunchError(f"checkpoint_config.output_dir: cannot write {temporary}: {error}") from error
-        for _, old in self.complete()[: -self.keep] if self.keep else []:
-            shutil.rmtree(old)
         logger.info("checkpoint %s", final)
+        for _, old in self.complete()[: -self.keep] if self.keep else []:
+            self._remove(old)
         return final
+
+    def _remove(self, old: Path) -> None:
+        """Remove a checkpoint; what of it cannot be removed is none any more, and is left to the next save."""
+        removed = old.with_name(f"{old.name}.removed.tmp")
+        try:
+            old.rename(removed)
+            shutil.rmtree(removed)
+        except OSError as error:
+            logger.warning("cannot remove the old checkpoint %s: %s", old, error)
 
     def find(self, wanted: bool | str) -> Path | None:
         """Return the checkpoint to resume from.

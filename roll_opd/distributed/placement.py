@@ -63,7 +63,7 @@ def cpu_threads(roles: Mapping[str, WorkerConfig], phases: Mapping[str, str], co
 
     Args:
         roles: role name -> config.
-        phases: role name -> the phase it is busy in (``rollout`` or ``train``).
+        phases: role name -> the phase it is busy in (``rollout``, ``critic`` or ``train``).
         cores: cores of the machine.
 
     Returns:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from roll_opd.configs import LoadedConfig, config_for_checkpoint_json, resume_conflicts
 from roll_opd.configs.pipeline_config import PipelineConfig
+from roll_opd.configs.worker_config import WorkerConfig
 from roll_opd.distributed.checkpoint import CONFIG_FILE, CheckpointFolder, read_json, read_state
 from roll_opd.distributed.cluster import Cluster
 from roll_opd.distributed.weight_sync import WeightSync, way_of
@@ -303,19 +304,23 @@ class BasePipeline(ABC):
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, step: int, final: bool) -> None:
-        """Write a checkpoint; the last one also holds the models in Hugging Face format."""
+        """Write a checkpoint; with ``save_hf_model``, and in the last one, models are in Hugging Face format too."""
 
         def write(folder: Path) -> None:
             turns = self.clusters.turns
+
+            def exports(role: WorkerConfig | None) -> bool:
+                return final or (role is not None and role.training_args.save_hf_model)
+
             turns.take("actor_train")
             self.clusters.train.call_all("save", str(folder / "actor_train"))
-            if final:
+            if exports(self.config.actor_train):
                 self.clusters.train.call_all("export_hf", str(folder))
                 self.tokenizer.save_pretrained(folder)
             if self.clusters.critic is not None:
                 turns.take("critic")
                 self.clusters.critic.call_all("save", str(folder / "critic"))
-                if final:
+                if exports(self.config.critic):
                     self.clusters.critic.call_all("export_hf", str(folder / "critic-hf"))
                     self.tokenizer.save_pretrained(folder / "critic-hf")
             for name in self.moving:

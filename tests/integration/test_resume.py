@@ -85,11 +85,15 @@ def test_resume_refuses_settings_that_would_mix_two_runs(run, tmp_path: Path) ->
     assert run(tmp_path / "run", **changed).summary["steps"] == 3
 
 
-def test_final_checkpoint_loads_in_a_fresh_process(run, tmp_path: Path) -> None:
+def test_a_checkpoint_with_hugging_face_files_loads_in_a_fresh_process(run, tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    finished = run(tmp_path / "run", max_steps=1, eval_steps=0, rollout_batch_size=8)
+    settings = {"max_steps": 2, "save_steps": 1, "eval_steps": 0, "rollout_batch_size": 8}
+    finished = run(tmp_path / "run", **settings, **{"student_train.training_args.save_hf_model": True})
+    last = Path(finished.summary["checkpoint"])
+    first = last.with_name("checkpoint-0")
+    assert first != last and (last / "model.safetensors").exists()
     code = (
         "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer as T; p = sys.argv[1]; "
         "m = AutoModelForCausalLM.from_pretrained(p); t = T.from_pretrained(p); "
@@ -97,7 +101,5 @@ def test_final_checkpoint_loads_in_a_fresh_process(run, tmp_path: Path) -> None:
         "add_generation_prompt=True, return_tensors='pt', return_dict=True); "
         "print(m.generate(**x, max_new_tokens=8).shape[1] > x['input_ids'].shape[1])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, finished.summary["checkpoint"]], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(first)], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "True", done.stderr[-2000:]

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
+from roll_opd.algorithms.projection import Head
 from roll_opd.algorithms.sampler import sample, token_logprob
 from roll_opd.distributed.strategy.base import GenerateRequest, GenerateResult, Sampling
 from roll_opd.distributed.strategy.packed_model import PackedModel
@@ -38,13 +39,14 @@ class _Sequence:
     handed_out: bool = False
 
     def result(self, version: int) -> GenerateResult:
+        assert self.finish_reason is not None
         n = len(self.tokens)
         return GenerateResult(
             id=self.request.id,
             response_ids=np.array(self.tokens, dtype=np.int32),
             infer_logprobs=np.array(self.logprobs, dtype=np.float32),
             weight_version=np.full(n, version, dtype=np.int32),
-            finish_reason=self.finish_reason or "length",
+            finish_reason=self.finish_reason,
             sampled_mass=self.kept / max(n, 1),
             top_ids=np.array(self.top_ids, dtype=np.int32) if self.top_ids else None,
         )
@@ -65,32 +67,39 @@ class DecodingLoop:
         self.decode = decode
 
     @torch.inference_mode()
-    def run(self, requests: Sequence[GenerateRequest], version: int) -> Iterator[GenerateResult]:
-        """Sample one batch (all requests with the same :class:`Sampling`); yield results as sequences finish."""
-        sampling = requests[0].sampling
-        live = [_Sequence(r, _uniforms(r.seed, sampling.max_new_tokens)) for r in requests]
-        logits, cache, visible, width = self._prefill(requests, sampling.max_new_tokens)
-        for step in range(sampling.max_new_tokens):
-            self._draw(live, logits, step, sampling)
-            last = step + 1 == sampling.max_new_tokens
+    def run(
+        self, requests: Sequence[GenerateRequest], version: int, closed: Callable[[], bool] = lambda: False
+    ) -> Iterator[GenerateResult]:
+        """Sample one batch, whose :class:`Sampling` may differ in the limit alone; yield results as sequences finish.
+
+        Nothing more is computed once ``closed`` says so.
+        """
+        live = [_Sequence(r, _uniforms(r.seed, r.sampling.max_new_tokens)) for r in requests]
+        # Once: in fp32 it may be a copy.
+        head = self.model.head().trimmed()
+        limit = max(r.sampling.max_new_tokens for r in requests)
+        logits, cache, visible, width = self._prefill(requests, limit, head)
+        for step in range(limit):
+            if closed():
+                return
+            self._draw(live, logits, step, requests[0].sampling)
             for sequence in live:
                 if sequence.finish_reason is not None and not sequence.handed_out:
                     sequence.handed_out = True
                     yield sequence.result(version)
             keep = [i for i, s in enumerate(live) if s.finish_reason is None]
-            if last or not keep:
+            if not keep:
                 break
             if LEAVE * (len(live) - len(keep)) >= len(live):
                 live = [live[i] for i in keep]
                 visible = visible[torch.tensor(keep, device=visible.device)]
                 _select_rows(cache, keep)
             width += 1
-            logits = self._forward_one([s.tokens[-1] for s in live], cache, visible[:, :width])
-        for sequence in live:
-            if sequence.finish_reason is None:
-                yield sequence.result(version)
+            logits = self._forward_one([s.tokens[-1] for s in live], cache, visible[:, :width], head)
 
-    def _prefill(self, requests: Sequence[GenerateRequest], max_new: int) -> tuple[Tensor, StaticCache, Tensor, int]:
+    def _prefill(
+        self, requests: Sequence[GenerateRequest], max_new: int, head: Head
+    ) -> tuple[Tensor, StaticCache, Tensor, int]:
         """Compute each distinct prompt once.
 
         Returns:
@@ -112,25 +121,25 @@ class DecodingLoop:
         mask = (causal & visible[:, None, :]) | own
         cache = StaticCache(config=self.model.lm.config, max_cache_len=width + max_new)
         positions = (visible.cumsum(-1) - 1).clamp_(min=0)
-        logits = self._logits(tokens, positions, mask[:, None], cache)
+        logits = self._logits(tokens, positions, mask[:, None], cache, head)
         rows = [row_of[r.prompt_ids] for r in requests]
         _select_rows(cache, rows)
         index = torch.tensor(rows, device=device)
         visible = torch.nn.functional.pad(visible[index], (0, max_new), value=True)
         return logits[index], cache, visible, width
 
-    def _forward_one(self, tokens: list[int], cache: StaticCache, visible: Tensor) -> Tensor:
+    def _forward_one(self, tokens: list[int], cache: StaticCache, visible: Tensor, head: Head) -> Tensor:
         """Feed one token per row, whose own key is the last one that is visible; return next-token logits."""
         column = torch.tensor(tokens, device=visible.device)[:, None]
         positions = visible.sum(-1, keepdim=True) - 1
-        return self._logits(column, positions, visible[:, None, None, :], cache)
+        return self._logits(column, positions, visible[:, None, None, :], cache, head)
 
-    def _logits(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: StaticCache) -> Tensor:
+    def _logits(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: StaticCache, head: Head) -> Tensor:
         output = self.model.lm.base_model(
             input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
         )
-        head = self.model.head().trimmed()
-        logits = torch.nn.functional.linear(output.last_hidden_state[:, -1], head.weight_VH, head.bias_V).float()
+        hidden = output.last_hidden_state[:, -1].to(head.weight_VH.dtype)
+        logits = torch.nn.functional.linear(hidden, head.weight_VH, head.bias_V).float()
         cap = head.soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -141,7 +150,9 @@ class DecodingLoop:
             logprobs = token_logprob(logits, tokens)
             kept = logprobs.exp()
         else:
-            uniform = torch.tensor([s.uniforms[step] for s in live], dtype=torch.float64, device=logits.device)
+            # What has ended has none left, and its draw is not looked at.
+            drawn_with = [s.uniforms[min(step, len(s.uniforms) - 1)] for s in live]
+            uniform = torch.tensor(drawn_with, dtype=torch.float64, device=logits.device)
             tokens, logprobs, kept = sample(
                 logits, uniform, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k
             )
@@ -160,6 +171,8 @@ class DecodingLoop:
                 sequence.tokens, sampling.stop_strings, self.decode
             ):
                 sequence.finish_reason = "stop"
+            elif len(sequence.tokens) == sequence.request.sampling.max_new_tokens:
+                sequence.finish_reason = "length"
 
 
 def has_stop_string(tokens: list[int], stop_strings: tuple[str, ...], decode: Callable[[list[int]], str]) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,11 +14,13 @@ from safetensors.torch import load_model as load_model_file
 from safetensors.torch import save_model
 
 from roll_opd.configs.worker_config import WorkerConfig
+from roll_opd.distributed.strategy import attention
 from roll_opd.distributed.strategy.base import (
     SAMPLED_ONLY,
     GenerateRequest,
     GenerateResult,
     HeadWeights,
+    Sampling,
     ScoreRequest,
     ScoreResult,
     ScoreWant,
@@ -62,7 +65,7 @@ class HFStrategy:
             decodes=generates,
             logits_in_fp32=config.logits_in_fp32,
         ).requires_grad_(False)
-        if generates and not self.model.packs:
+        if generates and self.model.lm.config.get_text_config()._attn_implementation != attention.NAME:
             raise ModelError(
                 f"{role}.model_args.model_name_or_path: hf_infer generates only with models whose every layer attends "
                 f"to all earlier tokens; {config.model_args.model_name_or_path!r} has sliding windows or the like"
@@ -85,26 +88,33 @@ class HFStrategy:
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[GenerateResult | BaseException | None] = asyncio.Queue()
 
+        closed = threading.Event()
+
         def work() -> None:
             outcome: BaseException | None = None
             try:
-                for result in self._run(requests):
+                for result in self._run(requests, closed.is_set):
                     loop.call_soon_threadsafe(queue.put_nowait, result)
             except BaseException as error:  # noqa: BLE001 - handed to the caller, who raises it
                 outcome = error
             loop.call_soon_threadsafe(queue.put_nowait, outcome)
 
         task = loop.run_in_executor(None, work)
-        while isinstance(item := await queue.get(), GenerateResult):
-            yield item
+        try:
+            while isinstance(item := await queue.get(), GenerateResult):
+                yield item
+        finally:
+            closed.set()
         await task
         if item is not None:
             raise item
 
-    def _run(self, requests: Sequence[GenerateRequest]) -> Iterator[GenerateResult]:
+    def _run(self, requests: Sequence[GenerateRequest], closed: Callable[[], bool]) -> Iterator[GenerateResult]:
         with self._lock, self._threads.working():
             for batch in _batches(requests, self.config.infer_batch_size):
-                yield from self._loop.run(batch, self.version)
+                if closed():
+                    break
+                yield from self._loop.run(batch, self.version, closed)
 
     def score(self, requests: Sequence[ScoreRequest], want: ScoreWant = SAMPLED_ONLY) -> list[ScoreResult]:
         """See :class:`~roll_opd.distributed.strategy.base.ScoreStrategy`."""
@@ -186,12 +196,17 @@ class HFStrategy:
 
 
 def _batches(requests: Sequence[GenerateRequest], size: int) -> Iterator[list[GenerateRequest]]:
-    """Cut into batches of at most ``size`` that share one :class:`Sampling`, in the order given."""
+    """Cut into batches of at most ``size`` that share one :class:`Sampling` but for its limit, in the order given."""
     batch: list[GenerateRequest] = []
     for request in requests:
-        if batch and (len(batch) == size or request.sampling != batch[0].sampling):
+        if batch and (len(batch) == size or not _go_together(request.sampling, batch[0].sampling)):
             yield batch
             batch = []
         batch.append(request)
     if batch:
         yield batch
+
+
+def _go_together(one: Sampling, other: Sampling) -> bool:
+    """Whether the decoding loop can sample both at once: everything but the limit is the same."""
+    return dataclasses.replace(one, max_new_tokens=other.max_new_tokens) == other

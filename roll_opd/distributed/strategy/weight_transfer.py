@@ -251,10 +251,7 @@ def read_only(raw: np.ndarray[Any, Any]) -> Tensor:
 
     What comes from the object store is memory that cannot be written to, and that all processes of a node share.
     """
-    with warnings.catch_warnings():
-        # torch has no tensor that cannot be written to, and says so.
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(raw)
+    return torch.from_numpy(raw)
 
 
 def _as_tensor(spec: TensorSpec, raw: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,27 @@ def test_keep(tmp_path) -> None:
     one = CheckpointFolder(tmp_path / "one", keep=1)
     save(one, 1, 2)
     assert names(one.root) == ["checkpoint-2"]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_whole_is_none_any_more(tmp_path, monkeypatch) -> None:
+    folder = CheckpointFolder(tmp_path, keep=1)
+    save(folder, 1)
+    real = shutil.rmtree
+
+    def busy(path, ignore_errors=False) -> None:
+        if ".removed" in str(path) and not ignore_errors:
+            raise OSError("Directory not empty")
+        if not ignore_errors:
+            real(path)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    save(folder, 2)
+    assert names(tmp_path) == ["checkpoint-1.removed.tmp", "checkpoint-2"]
+    save(folder, 3)
+    assert "checkpoint-3" in names(tmp_path) and "checkpoint-2" not in names(tmp_path)
+    monkeypatch.undo()
+    save(folder, 4)
+    assert names(tmp_path) == ["checkpoint-4"]
 
 
 def test_a_run_resumed_from_an_older_checkpoint_keeps_what_it_writes(tmp_path) -> None:

@@ -193,7 +193,7 @@ def test_blocks_are_whole_groups_in_order_whatever_finishes_first(make_stream, b
 
 
 def test_a_block_is_scored_while_others_are_still_generated(make_stream) -> None:
-    """DESIGN: a teacher scores each group as it finishes, not after the whole rollout."""
+    """A teacher scores each group as it finishes, not after the whole rollout."""
     teachers = Teachers()
     scored_before_the_end: list[int] = []
 

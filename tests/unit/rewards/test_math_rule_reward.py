@@ -1,4 +1,4 @@
-r"""Answers made by hand, right and wrong, and the hostile ones of FACTS.md ("Grading")."""
+r"""Answers made by hand, right and wrong, and hostile ones."""
 
 import asyncio
 import json

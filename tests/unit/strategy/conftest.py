@@ -35,8 +35,8 @@ def vocabulary(tokenizer, tiny_models) -> Vocabulary:
 
 @pytest.fixture(scope="session")
 def make_strategy(vocabulary) -> Callable[..., HFStrategy]:
-    def make(path: str, **settings) -> HFStrategy:
-        config = WorkerConfig(model_args=ModelArguments(path, dtype="fp32"), **settings)
+    def make(path: str, dtype: str = "fp32", **settings) -> HFStrategy:
+        config = WorkerConfig(model_args=ModelArguments(path, dtype=dtype), **settings)
         return HFStrategy("student_infer", config, vocabulary, torch.device("cpu"), generates=True)
 
     return make

@@ -300,12 +300,60 @@ def test_leaving_the_batch_disturbs_nobody(random_strategy, prompts) -> None:
         assert ended[one.id].response_ids.tolist() == tokens[:cut]
 
 
+def test_each_response_of_a_batch_ends_at_its_own_limit(random_strategy, prompts) -> None:
+    limits = (5, 24, 1, 9, 24, 5)
+    requests = [
+        request(i, prompt, dataclasses.replace(PLAIN, max_new_tokens=limit))
+        for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
+    ]
+    together = run(random_strategy, requests, stop_ids=())
+    for one, limit in zip(requests, limits, strict=True):
+        result = together[one.id]
+        assert (len(result.response_ids), result.finish_reason) == (limit, "length")
+        same(result, run(random_strategy, [one], stop_ids=())[one.id])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_head_in_fp32_is_applied_to_hidden_states_in_fp32(make_strategy, random_model, prompts, dtype) -> None:
+    """Its log-probabilities are those that scoring computes with the same head."""
+    strategy = make_strategy(random_model, logits_in_fp32=True, dtype=dtype)
+    result = run(strategy, [request(0, prompts[0])], stop_ids=())[TrajectoryId(0, 0)]
+    tokens = np.array([*prompts[0], *result.response_ids], np.int32)
+    mask = np.arange(len(tokens)) >= len(prompts[0])
+    (score,) = strategy.score([ScoreRequest(TrajectoryId(0, 0), tokens, mask)])
+    atol = 1e-5 if dtype == "fp32" else 0.1  # hidden states of decoding and of a packed row differ in bf16
+    np.testing.assert_allclose(result.infer_logprobs, score.logprobs[mask], atol=atol, rtol=0)
+
+
+def test_closing_the_stream_ends_the_work(make_strategy, random_model, prompts) -> None:
+    strategy = make_strategy(random_model, infer_batch_size=1)
+    steps = 0
+    original = strategy._loop._draw
+
+    def counted(*args) -> None:
+        nonlocal steps
+        steps += 1
+        original(*args)
+
+    strategy._loop._draw = counted
+
+    async def first_only() -> None:
+        results = strategy.generate([request(i, prompts[i % len(prompts)]) for i in range(50)])
+        await anext(results)
+        await results.aclose()
+
+    asyncio.run(first_only())
+    assert strategy._lock.acquire(timeout=60)
+    strategy._lock.release()
+    assert steps < 25 * 24
+
+
 async def gather(strategy, requests: list[GenerateRequest]) -> list[GenerateResult]:
     return [result async for result in strategy.generate(requests)]
 
 
 def test_the_strategy_batches_and_streams(make_strategy, random_model, random_strategy, prompts) -> None:
-    """Batches of 4; a change of sampling settings begins a new one. Nothing of it shows in the tokens."""
+    """Batches of 4; a change of sampling settings but the limit begins a new one. Nothing of it shows in the tokens."""
     strategy = make_strategy(random_model, infer_batch_size=4)
     requests = [request(i, p, PLAIN, k) for i, p in enumerate(prompts) for k in range(2)]
     requests += [request(20 + i, p, GREEDY) for i, p in enumerate(prompts)]
