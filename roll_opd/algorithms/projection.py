@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 CHUNK_TOKENS = 256
-"""Rows of logits held at a time. Memory grows with it; below 128, time grows as it shrinks (see ``benchmarks``)."""
+"""Most rows of logits held at a time. Memory grows with it; below 128, time grows as it shrinks (``benchmarks``)."""
 CPU_CHUNK_NUMBERS = 2**24
-"""Logits held at a time on a CPU, where fewer rows cost nothing as long as they are :data:`FEWEST_ROWS`."""
+"""Logits held at a time on a CPU, where fewer rows of a large vocabulary cost little."""
 FEWEST_ROWS = 64
+"""... and never fewer than these: each row more reads the head one time less."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@
         unblocked by:  the queue, or the exception that ended the producer
 
 Nothing in the event loop blocks. Blocks are cut from the sorted list of draws, not from the order in which samples
-happen to finish: which sequences are scored together, and so every bit of their scores, is the same in every run.
+happen to finish: which sequences are scored together is the same in every run, and with it every bit of their scores
+where the number of threads is fixed.
 """
 
 from __future__ import annotations

@@ -23,7 +23,9 @@ from transformers import (
 from roll_opd.configs.model_args import ModelArguments
 from roll_opd.configs.strategy_args import SequencePackingArguments
 from roll_opd.configs.worker_config import WorkerConfig
+from roll_opd.distributed.strategy import attention
 from roll_opd.distributed.strategy.base import ScoreRequest, ScoreWant
+from roll_opd.distributed.strategy.hf import HFStrategy
 from roll_opd.distributed.strategy.packed_model import load_model, shifted
 from roll_opd.distributed.strategy.scoring import rows_of, score_row
 from roll_opd.errors import ModelError
@@ -236,6 +238,17 @@ def test_models_that_our_attention_does_not_serve_pack_as_well(tmp_path, family)
     for sequence, result in zip(row, results, strict=True):
         expected = plain_logprobs(plain, sequence.tokens, 60)
         np.testing.assert_allclose(result.logprobs, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("packs", [False, True], ids=["a mask for the row", "an attention that packs"])
+def test_a_sliding_window_is_scored_and_not_decoded(tmp_path, monkeypatch, vocabulary, packs: bool) -> None:
+    """Also where its attention packs rows, as flash-attention does: the decoding loop's cache fits ours alone."""
+    args = save(tmp_path, MistralForCausalLM, MistralConfig(**SMALL | {"vocab_size": 320}, sliding_window=8))
+    monkeypatch.setattr(attention, "choose", lambda *_, **__: ("sdpa", packs))
+    config = WorkerConfig(model_args=args)
+    HFStrategy("teacher", config, vocabulary, torch.device("cpu"), generates=False)
+    with pytest.raises(ModelError, match=r"student_infer\.model_args\.model_name_or_path.*sliding windows"):
+        HFStrategy("student_infer", config, vocabulary, torch.device("cpu"), generates=True)
 
 
 def test_a_family_that_rescales_its_logits_is_refused(tmp_path) -> None:
