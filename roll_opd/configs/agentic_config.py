@@ -150,6 +150,15 @@ class AgenticConfig(PipelineConfig):
         assert self.sequence_length is not None, "set at load"
         return scorer.teacher_args.context_length or self.sequence_length
 
+    def longest_view(self, scorer: TeacherConfig) -> int:
+        """Tokens of the longest sequence that a teacher with a view of its own sees.
+
+        Behind that prompt comes everything from the first sampled token on, the rest of an episode: ``sequence_length``
+        bounds it, and ``response_length`` a turn.
+        """
+        assert self.sequence_length is not None, "set at load"
+        return self.context_length(scorer) + self.sequence_length
+
     def environments_in_use(self) -> dict[str, EnvironmentConfig]:
         """The entries of `custom_envs` that train or validate, by tag."""
         tags = dict.fromkeys([*self.train_env_manager.tags, *self.val_env_manager.tags])

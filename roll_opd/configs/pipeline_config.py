@@ -194,6 +194,11 @@ class PipelineConfig(BaseConfig, DataClassJsonMixin):
         """Tokens that the prompt of a teacher with a view of its own may have."""
         return scorer.teacher_args.context_length or 2 * self.prompt_length
 
+    def longest_view(self, scorer: TeacherConfig) -> int:
+        """Tokens of the longest sequence that a teacher with a view of its own sees: that prompt and a response."""
+        assert self.response_length is not None, "set at load"
+        return self.context_length(scorer) + self.response_length
+
     @property
     def needs_reference(self) -> bool:
         """Whether something of the signal is a distance to the frozen ``reference``."""

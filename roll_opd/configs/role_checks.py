@@ -147,12 +147,12 @@ def _backend(config: PipelineConfig, worker: WorkerConfig, path: str) -> list[Co
 
 def _longest_sequence(config: PipelineConfig, worker: WorkerConfig) -> tuple[int, str]:
     """Tokens that an engine must have room for, and what they are."""
-    whole, response = config.sequence_length or 0, config.response_length or 0
-    if config.pipeline == "rlvr":
-        whole = config.prompt_length + response
+    rlvr = config.pipeline == "rlvr"
     if isinstance(worker, TeacherConfig) and worker.teacher_args.context_template is not None:
-        return config.context_length(worker) + response, "the teacher's prompt and a response"
-    return whole, "prompt_length + response_length" if config.pipeline == "rlvr" else "sequence_length"
+        return config.longest_view(worker), f"the teacher's prompt and {'a response' if rlvr else 'an episode'}"
+    if rlvr:
+        return config.prompt_length + (config.response_length or 0), "prompt_length + response_length"
+    return config.sequence_length or 0, "sequence_length"
 
 
 def _said_twice(config: PipelineConfig, worker: WorkerConfig, path: str) -> Iterator[tuple[str, Any, str, Any]]:

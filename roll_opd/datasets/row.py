@@ -64,6 +64,11 @@ class Row:
         """``file:line``, as error messages begin."""
         return f"{self.file}:{self.line}"
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Every column: those of :class:`Columns` under its names, None where not given, and the others as they are."""
+        return {**self.extra, **{column.name: getattr(self, column.name) for column in dataclasses.fields(Columns)}}
+
 
 class BadRowError(Exception):
     """A row that fails a check; the message is the problem without the place."""

@@ -12,18 +12,18 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from roll_opd.configs import LoadedConfig, config_for_checkpoint_json, resume_conflicts
+from roll_opd.configs import LoadedConfig, config_for_checkpoint_json
 from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.configs.worker_config import WorkerConfig
-from roll_opd.distributed.checkpoint import CONFIG_FILE, CheckpointFolder, read_json, read_state
+from roll_opd.distributed.checkpoint import CONFIG_FILE, CheckpointFolder, read_state
 from roll_opd.distributed.cluster import Cluster
 from roll_opd.distributed.weight_sync import WeightSync, way_of
-from roll_opd.errors import ConfigError
 from roll_opd.pipeline.critic import Critic
 from roll_opd.pipeline.metrics import opd_metrics, rollout_metrics
 from roll_opd.pipeline.preflight.facts import model_field
 from roll_opd.pipeline.preflight.finding import Finding, enforce
 from roll_opd.pipeline.preflight.probe import Scorer, judge, noise_floor
+from roll_opd.pipeline.preflight.run_checks import resume_findings
 from roll_opd.pipeline.report import RunReport
 from roll_opd.pipeline.role_clusters import RoleClusters
 from roll_opd.pipeline.signal import Signal
@@ -104,8 +104,10 @@ class BasePipeline(ABC):
         self._closers.append(close)
 
     def check(self) -> None:
-        """Refuse what cannot work, before any process is started; comes before :meth:`run`."""
+        """Refuse what cannot work, before any process is started or file moved; comes before :meth:`run`."""
         self._resume_from = self.checkpoints.find(self.config.resume_from_checkpoint)
+        if self._resume_from is not None:
+            self.findings += resume_findings(self._resume_from, self.loaded)
         self.prepare()
         enforce(self.findings)
 
@@ -113,8 +115,9 @@ class BasePipeline(ABC):
         """Train; return the summary that is also written to ``summary.json``."""
         resume_from = self._resume_from
         with contextlib.ExitStack() as stack:
+            state = self._restore_state(resume_from)
             self.checkpoints.set_aside(resume_from)
-            stack.enter_context(self.report.open(self._restore_state(resume_from), self.loaded))
+            stack.enter_context(self.report.open(state, self.loaded))
             with self.report.phase("start"):
                 self._start(stack, resume_from)
             if self.config.preflight == "full" and self.step < self.config.max_steps:
@@ -343,15 +346,6 @@ class BasePipeline(ABC):
         if resume_from is None:
             return None
         state = read_state(resume_from)
-        refused, noted = resume_conflicts(read_json(resume_from / CONFIG_FILE), self.config, self.loaded.yaml_names)
-        if refused:
-            raise ConfigError(
-                "resume_from_checkpoint",
-                f"{resume_from} was made with other values of {', '.join(refused)}, which would mix two runs; restore "
-                f"them, or start a new run from the model that a finished run leaves",
-            )
-        for path in noted:
-            logger.warning("%s differs from the run that made %s", path, resume_from)
         self.step = state["step"] + 1
         self.next_draw = state["next_draw"]
         self.signal.load(state["signal"])

@@ -156,16 +156,14 @@ class RoleClusters:
         trained("actor_train", self.train, config.actor_train, config.max_steps - warmup)
         if self.critic is not None and config.critic is not None:
             trained("critic", self.critic, config.critic, config.max_steps)
-        assert config.sequence_length is not None and config.response_length is not None
+        assert config.sequence_length is not None
         teachers_generate = config.validation is not None and config.validation.teacher_accuracy
         for name, cluster in self.scorers.items():
             role, scorer = f"teacher-{name}", self.scorer_configs[name]
             generates = teachers_generate and name in config.teachers
-            # Behind a context of its own a teacher sees everything from the first sampled token on: in the agentic
-            # pipeline, where response_length is sequence_length, the rest of the episode.
             longest = config.sequence_length
             if scorer.teacher_args.context_template is not None:
-                longest = max(longest, config.context_length(scorer) + config.response_length)
+                longest = max(longest, config.longest_view(scorer))
             setups.append((role, cluster, (self.yaml_names[role], scorer, student, generates, longest)))
         own = (self.yaml_names["actor_infer"], config.actor_infer, student, True, config.sequence_length)
         return [*setups, ("actor_infer", self.infer, own)]

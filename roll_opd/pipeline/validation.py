@@ -11,7 +11,8 @@ from roll_opd.trajectory import Trajectory
 def validation_metrics(samples: list[Trajectory], sampling: Sampling) -> dict[str, float]:
     """Accuracy, reward, lengths, and reverse KL (student's log-probabilities from the engine) of validation samples.
 
-    The mean log-ratio is a KL only on samples of the student's own distribution: other sampling gives none.
+    The mean log-ratio is a KL only on samples of the student's own distribution: other sampling gives none. Rewards
+    count episodes, lengths trajectories: as :func:`~roll_opd.pipeline.metrics.rollout_metrics` of a training batch.
     """
     metrics = {k.removeprefix("/"): v for k, v in reward_metrics(samples, "").items()}
     names = sorted({name for t in samples for name in t.teachers})
@@ -20,10 +21,9 @@ def validation_metrics(samples: list[Trajectory], sampling: Sampling) -> dict[st
             metrics[f"reverse_kl/teacher/{name}"] = reverse_kl(samples, name, "infer_logprobs")
         if names:
             metrics["reverse_kl"] = reverse_kl(samples, None, "infer_logprobs")
-    episodes = episodes_of(samples)
-    metrics["num_samples"] = float(len(episodes))
-    metrics["response_length"] = sum(t.response_length for t in samples) / len(episodes)
-    metrics["truncated"] = sum(segments[-1].finish_reason == "length" for segments in episodes) / len(episodes)
+    metrics["num_samples"] = float(len(episodes_of(samples)))
+    metrics["response_length"] = sum(t.response_length for t in samples) / len(samples)
+    metrics["truncated"] = sum(t.finish_reason == "length" for t in samples) / len(samples)
     return metrics
 
 

@@ -13,7 +13,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from roll_opd.errors import ConfigError, RollOPDError
@@ -36,7 +36,8 @@ class RewardItem:
     prompt: str = ""
     tag: str = ""
     row: dict[str, Any] = field(default_factory=dict)
-    """The whole data row, for rewards that need more than an answer (test cases, rubrics)."""
+    """The whole data row, for rewards that need more than an answer (test cases, rubrics): the fields that
+    data/README.md lists, None where the row does not give them, and its other columns under their names."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class RewardWorker(ABC):
         """Grade the items side by side; results come in the order of ``items``.
 
         A bad item never raises: it gets reward 0.0, ``correct=None`` and an ``error``. So does one whose reward is not
-        a finite number.
+        a finite number. Numbers and truth values of other libraries become Python's.
 
         Raises:
             RollOPDError: the fault is not of an item but of the installation, for example a grader that cannot start.
@@ -117,7 +118,7 @@ class RewardWorker(ABC):
     async def _grade_or_error(self, item: RewardItem) -> RewardResult:
         started = time.monotonic()
         try:
-            result = await self.grade_one(item)
+            result = _in_plain_values(await self.grade_one(item))
             if result.error is None and not math.isfinite(result.reward):
                 # One NaN among a group's rewards would make NaN of the advantages of the whole group.
                 result = RewardResult(item.id, 0.0, error="reward is not finite", seconds=result.seconds)
@@ -132,3 +133,11 @@ class RewardWorker(ABC):
         if result.error is not None:
             logger.warning("reward %s: item %s: %s", self.name, item.id, result.error)
         return result
+
+
+def _in_plain_values(result: RewardResult) -> RewardResult:
+    """Turn what a NumPy or torch function returned into plain values, which every file of samples can hold."""
+    if result.error is not None:
+        return result
+    correct = None if result.correct is None else bool(result.correct)
+    return replace(result, reward=float(result.reward), correct=correct)

@@ -77,22 +77,26 @@ def read_dcp(folder: Path) -> dict:
 def test_resume_refuses_settings_that_would_mix_two_runs(run, tmp_path: Path) -> None:
     from roll_opd.errors import ConfigError
 
-    settings = {"max_steps": 2, "save_steps": 1, "eval_steps": 0, "rollout_batch_size": 4}
+    settings = {"max_steps": 3, "save_steps": 1, "eval_steps": 0, "rollout_batch_size": 4}
     run(tmp_path / "run", **settings)
-    changed = settings | {"max_steps": 3, "resume_from_checkpoint": True}
+    changed = settings | {"max_steps": 4, "resume_from_checkpoint": True}
     with pytest.raises(ConfigError, match=r"resume_from_checkpoint.*learning_rate"):
         run(tmp_path / "run", **changed, **{"student_train.training_args.learning_rate": 0.01})
-    assert run(tmp_path / "run", **changed).summary["steps"] == 3
+    older = changed | {"resume_from_checkpoint": str(tmp_path / "run" / "checkpoints" / "checkpoint-1")}
+    with pytest.raises(ConfigError, match=r"resume_from_checkpoint.*seed"):
+        run(tmp_path / "run", **older, seed=7)
+    # Which has moved nothing: the newest checkpoint is still the one to go on from.
+    assert run(tmp_path / "run", **changed).summary["steps"] == 4
 
 
 def test_a_checkpoint_with_hugging_face_files_loads_in_a_fresh_process(run, tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    settings = {"max_steps": 2, "save_steps": 1, "eval_steps": 0, "rollout_batch_size": 8}
+    settings = {"max_steps": 3, "save_steps": 1, "eval_steps": 0, "rollout_batch_size": 8}
     finished = run(tmp_path / "run", **settings, **{"student_train.training_args.save_hf_model": True})
     last = Path(finished.summary["checkpoint"])
-    first = last.with_name("checkpoint-0")
+    first = last.with_name("checkpoint-1")
     assert first != last and (last / "model.safetensors").exists()
     code = (
         "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer as T; p = sys.argv[1]; "

@@ -328,7 +328,7 @@ class RemoteStrategy:
             raise ModelError(
                 f"{self.path}.base_url: {name!r} at {self._server.url} takes {limit} tokens; the longest sequence of "
                 f"the run has {max_length}, and vLLM wants room for one more. Start it with --max-model-len "
-                f"{max_length + 1}, or shorten prompt_length and response_length"
+                f"{max_length + 1}, or shorten response_length, sequence_length or teacher_args.context_length"
             )
         return name
 

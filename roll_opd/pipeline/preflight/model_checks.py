@@ -109,8 +109,9 @@ def end_of_turn_reachable(facts: Facts) -> Iterator[Finding]:
 def context_lengths(facts: Facts) -> Iterator[Finding]:
     """No sequence is longer than a model's positions reach."""
     config = facts.config
-    response = config.response_length or 0
-    whole = config.prompt_length + response if config.pipeline == "rlvr" else config.sequence_length or 0
+    rlvr = config.pipeline == "rlvr"
+    whole = (config.prompt_length + (config.response_length or 0) if rlvr else config.sequence_length) or 0
+    behind = "response_length" if rlvr else "sequence_length"
     views = {
         facts.loaded.teacher_yaml_name(name): teacher
         for name, teacher in config.teachers.items()
@@ -122,18 +123,18 @@ def context_lengths(facts: Facts) -> Iterator[Finding]:
             yield Finding("skipped", model_field(path), "context length: no config.json on this disk names one")
             continue
         if whole > limit:
-            what = "prompt_length + response_length" if config.pipeline == "rlvr" else "sequence_length"
-            field = "response_length" if config.pipeline == "rlvr" else "sequence_length"
-            error = ConfigError(field, f"{what} = {whole} tokens, but {path} reaches {limit}; shorten them")
+            what = "prompt_length + response_length" if rlvr else "sequence_length"
+            error = ConfigError(behind, f"{what} = {whole} tokens, but {path} reaches {limit}; shorten them")
             yield failed(error)
             continue
         if path in views:
-            context = config.context_length(views[path])
-            if context + response > limit:
-                problem = f"{context} tokens and response_length = {response} are more than the {limit} of {path}"
+            context, longest = config.context_length(views[path]), config.longest_view(views[path])
+            if longest > limit:
+                rest, most = longest - context, limit - (longest - context)
+                problem = f"{context} tokens and {behind} = {rest} are more than the {limit} of {path}"
+                fix = f"set it to {most} at most" if most > 0 else f"shorten {behind}"
                 level: Level = "error" if views[path].teacher_args.context_length else "warning"
-                field = f"{path}.teacher_args.context_length"
-                yield Finding(level, field, f"{problem}; set it to {max(limit - response, 1)} at most")
+                yield Finding(level, f"{path}.teacher_args.context_length", f"{problem}; {fix}")
                 continue
         yield Finding("ok", model_field(path), f"sequences of up to {whole} tokens, positions up to {limit}")
 

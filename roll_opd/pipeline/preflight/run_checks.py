@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from roll_opd.distributed.checkpoint import CheckpointFolder
+from roll_opd.configs import LoadedConfig, resume_conflicts
+from roll_opd.distributed.checkpoint import CONFIG_FILE, CheckpointFolder, read_json, read_state
 from roll_opd.pipeline.preflight.facts import Facts
 from roll_opd.pipeline.preflight.finding import Check, Finding
 
@@ -37,13 +38,32 @@ def folders(facts: Facts) -> Iterator[Finding]:
 
 
 def resume(facts: Facts) -> Iterator[Finding]:
-    """The checkpoint to go on from is there."""
+    """The checkpoint to go on from is there, and this run may go on from it."""
     config = facts.config
     if not config.resume_from_checkpoint:
         return
     root = config.checkpoint_config.output_dir or str(Path(config.output_dir) / "checkpoints")
     found = CheckpointFolder(Path(os.path.abspath(Path(root).expanduser())), 0).find(config.resume_from_checkpoint)
-    yield Finding("ok", "resume_from_checkpoint", f"goes on from {found}")
+    if found is not None:
+        yield from resume_findings(found, facts.loaded)
+
+
+def resume_findings(checkpoint: Path, loaded: LoadedConfig) -> Iterator[Finding]:
+    """Compare this run's settings with those of the run that made ``checkpoint``.
+
+    Raises:
+        ConfigError: a file of the checkpoint cannot be read.
+    """
+    read_state(checkpoint)
+    refused, noted = resume_conflicts(read_json(checkpoint / CONFIG_FILE), loaded.config, loaded.yaml_names)
+    for path in noted:
+        yield Finding("warning", path, f"differs from the run that made {checkpoint}")
+    if refused:
+        problem = f"{checkpoint} was made with other values of {', '.join(refused)}, which would mix two runs"
+        fix = "restore them, or start a new run from the model that a finished run leaves"
+        yield Finding("error", "resume_from_checkpoint", f"{problem}; {fix}")
+    else:
+        yield Finding("ok", "resume_from_checkpoint", f"goes on from {checkpoint}")
 
 
 def trackers(facts: Facts) -> Iterator[Finding]:

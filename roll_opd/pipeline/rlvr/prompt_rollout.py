@@ -76,7 +76,7 @@ class PromptRollout:
             ground_truth=row.ground_truth,
             prompt=prompt.text,
             tag=row.tag,
-            row={"test_cases": row.test_cases, **row.extra},
+            row=row.columns,
         )
         return Sample(trajectory.id.draw, trajectory.id.sample, (trajectory,), item)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from config_samples import MIXED, PURE, RL, changed
+from config_samples import AGENTIC, MIXED, PURE, RL, changed
 
 from roll_opd.configs import build_config, launch_blockers, launch_warnings
 from roll_opd.configs.backends import SETTINGS, backend_settings
@@ -269,6 +269,21 @@ def test_a_critic_on_megatron_is_not_run_yet():
 )  # fmt: skip
 def test_what_runs(base, changes):
     assert launch_blockers(load(changes, base, OPD if base is PURE else "rlvr")) == []
+
+
+def test_an_engine_needs_room_for_an_episode_behind_a_teachers_own_prompt():
+    """``response_length`` bounds a turn there: 1024 tokens of context, and behind them up to 4096."""
+    lengths = {"sequence_length": 4096, "response_length": 256}
+    base = changed(AGENTIC, {"use_opd": True, "teacher": PURE["teacher"], **lengths})
+
+    def blockers(limit):
+        view = {"teacher.teacher_args": {**VIEW, "context_length": 1024}}
+        return launch_blockers(load({**role(TEACHER, "vllm", max_model_len=limit), **view}, base, "agentic"))
+
+    (error,) = blockers(5119)
+    assert error.field == f"{TEACHER}.{CONFIG}.max_model_len"
+    assert "5119 is less than the 5120 tokens of the teacher's prompt and an episode" in error.problem
+    assert blockers(5120) == []
 
 
 # ---- what follows from them ------------------------------------------------------------------------------------------

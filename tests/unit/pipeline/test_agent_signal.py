@@ -310,6 +310,18 @@ def test_the_ratio_of_a_turn_is_asked_of_the_loss() -> None:
          "step_reinforce(returns of turns at discount 0.5 + 1 * (logprob_default - logprob_student); "
          "discount 1 within the turn)"),
         ({"turn_weight": "linear", "turn_scale": 4.0}, "linear turn weight over 4 turns"),
+        # Some estimators see the episode's score alone, others the rewards of its turns.
+        ({"reward_clip": 5.0, "whiten_rewards": True},
+         "reinforce(episode score clipped to +-5; discount 1, token rewards whitened)"),
+        ({"adv_estimator": "gae", "reward_clip": 5.0, "method": "mean", "lambd": 0.9, "whiten_advantages": True},
+         "gae(rewards of turns clipped to +-5 centred over batch; discount 1, lambda 0.9, whitened)"),
+        ({"adv_estimator": "step_reinforce", "reward_clip": 5.0},
+         "step_reinforce(returns of turns at discount 0.5 of rewards clipped to +-5; discount 1 within the turn)"),
+        ({"adv_estimator": "gigpo", "grouping": "traj_group_id", "method": "mean", "reward_clip": 5.0},
+         "gigpo(1 * episode score of rewards clipped to +-5 centred over traj_group_id + 1 * returns of turns at "
+         "discount 0.5 of rewards clipped to +-5 centred over turns of its state; discount 1 within the turn)"),
+        ({"adv_estimator": "agentic_reinforce", "apply_to": "reward", "whiten_advantages": True},
+         "agentic_reinforce(rewards of turns + 1 * (logprob_default - logprob_student); discount 1 by turn, whitened)"),
     ],
 )  # fmt: skip
 def test_the_formula(settings, line) -> None:

@@ -14,6 +14,7 @@ from roll_opd.pipeline.preflight import env_checks, env_trial
 from roll_opd.pipeline.preflight.env_checks import ENV_CHECKS
 from roll_opd.pipeline.preflight.facts import Facts
 from roll_opd.pipeline.preflight.finding import Finding, run_checks, wanted
+from roll_opd.pipeline.preflight.model_checks import context_lengths
 
 STUDENT = Path(__file__).parents[3] / "examples" / "quickstart" / "models" / "student"
 OPENING = Opening("You stand on ice.", {"env_instruction": "Walk to the goal."})
@@ -225,6 +226,28 @@ def test_what_a_teacher_with_a_view_of_its_own_sees(template: str, settings: dic
     assert [f.field for f in told] == ["teacher.teacher_args.context_template"] * (tags == ["Lake"])
     assert [f.level for f in told] == (["error"] if error else ["ok"] * (tags == ["Lake"]))
     assert all(error in f.message for f in told)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "context", "level", "fix"),
+    [
+        # The model has 2048 positions. response_length bounds a turn, sequence_length what follows the context.
+        ({"sequence_length": 1500, "response_length": 8}, 548, "ok", ""),
+        ({"sequence_length": 1500, "response_length": 8}, 549, "error", "set it to 548 at most"),
+        ({"sequence_length": 1025, "response_length": 8}, None, "warning", "set it to 1023 at most"),
+        ({"sequence_length": 2048, "response_length": 8}, 1, "error", "shorten sequence_length"),
+    ],
+)
+def test_an_episode_behind_a_teachers_own_prompt_fits_its_positions(
+    lengths: dict[str, int], context: int | None, level: str, fix: str
+) -> None:
+    teacher = {
+        "model_args": {"model_name_or_path": str(STUDENT)},
+        "teacher_args": {"context_template": "{{ prompt }}", "context_length": context},
+    }
+    found = facts(teacher=teacher, use_opd=True, **lengths)
+    told = next(f for f in context_lengths(found) if f.field.startswith("teacher"))
+    assert (told.level, fix in told.message) == (level, True), told
 
 
 def test_a_penalty_that_is_given_twice() -> None:

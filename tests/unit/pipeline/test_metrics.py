@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
+from roll_opd.distributed.strategy.base import Sampling
 from roll_opd.pipeline.metrics import (
     environment_metrics,
     episode_metrics,
@@ -17,6 +19,7 @@ from roll_opd.pipeline.metrics import (
     reward_metrics,
     rollout_metrics,
 )
+from roll_opd.pipeline.validation import validation_metrics
 from roll_opd.trajectory import TrajectoryId, Turn
 
 
@@ -175,6 +178,23 @@ def test_a_steps_metrics_have_the_episodes(episodes, batch) -> None:
     metrics = rollout_metrics(episodes, version=0)
     assert metrics["episode/num_episodes"] == 3 and metrics["env/lake/steps"] == 3.5
     assert not [name for name in rollout_metrics(batch, version=5) if name.startswith(("episode", "env"))]
+
+
+def test_a_validation_counts_lengths_as_the_rollout_does(episodes) -> None:
+    """Trajectories of 2, 4, 2 and 4 tokens, the second cut; the first and the last are one episode."""
+    episodes[1] = dataclasses.replace(episodes[1], finish_reason="length")
+    held_out, rollout = validation_metrics(episodes, Sampling()), rollout_metrics(episodes, version=0)
+    assert (held_out["num_samples"], held_out["response_length"], held_out["truncated"]) == (3.0, 3.0, 0.25)
+    assert (rollout["rollout/response_length"], rollout["rollout/truncated"]) == (3.0, 0.25)
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(temperature=0.9), Sampling(top_p=0.9), Sampling(top_k=9), Sampling(greedy=True)]
+)
+def test_other_sampling_gives_no_kl(batch, sampling) -> None:
+    # Engine minus teacher: 2, 0, 2 and 5.
+    assert validation_metrics(batch, Sampling())["reverse_kl"] == pytest.approx(9 / 4)
+    assert not [name for name in validation_metrics(batch, sampling) if name.startswith("reverse_kl")]
 
 
 def test_environments_metrics_by_hand(episodes) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from roll_opd.configs import load_config
+from roll_opd.configs import config_for_checkpoint_json, load_config
 from roll_opd.configs.loader import LoadedConfig
+from roll_opd.distributed.checkpoint import CONFIG_FILE, STATE_FILE
 from roll_opd.distributed.strategy.tokenizer import end_of_turn, load_tokenizer
 from roll_opd.doctor import guess_launcher
 from roll_opd.errors import ConfigError, DataError, ModelError, RollOPDError
@@ -590,6 +591,25 @@ def test_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert only(found("track_with=wandb"), "error").field == "track_with"
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert "cannot write" in errors_of(found("track_with=stdout"))[0].message
+
+
+def test_settings_of_the_run_that_is_resumed(tmp_path: Path) -> None:
+    def found(*overrides: str) -> list[Finding]:
+        facts = Facts(load(tmp_path, "resume_from_checkpoint=true", *overrides))
+        return [f for f in run_all(run_checks.RUN_CHECKS, facts) if f.field not in ("output_dir", "track_with")]
+
+    folder = tmp_path / "run" / "checkpoints" / "checkpoint-7"
+    folder.mkdir(parents=True)
+    (folder / STATE_FILE).write_text(json.dumps({"step": 7, "next_draw": 0, "signal": {}, "report": {}}))
+    assert CONFIG_FILE in only(found(), "error").message
+    (folder / CONFIG_FILE).write_text(config_for_checkpoint_json(load(tmp_path).config))
+    (well,) = found("save_steps=9")
+    assert (well.level, well.message) == ("ok", f"goes on from {folder}")
+    told, well = found("teacher.infer_batch_size=2")
+    assert (told.level, told.field, well.level) == ("warning", "teacher.infer_batch_size", "ok")
+    (error,) = found("seed=7", "student_train.training_args.learning_rate=0.5")
+    assert (error.level, error.field) == ("error", "resume_from_checkpoint")
+    assert "other values of seed, student_train.training_args.learning_rate, which would mix" in error.message
 
 
 # ---- what a launch does with it --------------------------------------------------------------------------------------

@@ -241,7 +241,11 @@ def test_rewards_beside_teachers(make_stream, fakes) -> None:
     assert [t.correct for t in graded] == [False] * 6 + [True, True, None, None]
     assert all(t.teacher_scores for t in graded)
     item = next(i for i in seen if i.id == "1/0/0")
-    assert (item.prompt, item.tag, item.row) == ("p1", "math", {"test_cases": ["t"], "level": 1})
+    assert (item.prompt, item.tag) == ("p1", "math")
+    assert item.row == {
+        "id": "1", "tag": "math", "prompt": "p1", "messages": None, "ground_truth": "1", "source": None,
+        "difficulty": None, "test_cases": ["t"], "hint": None, "level": 1,
+    }  # fmt: skip
     response = next(t for t in graded if str(t.id) == item.id)
     assert item.response == " ".join(map(str, response.tokens[response.response_mask]))
 

@@ -1,21 +1,33 @@
 """The base class and the resolution of class paths."""
 
 import asyncio
+import json
 import logging
 import math
 import sys
 
 import numpy as np
 import pytest
+import torch
 
 from roll_opd.errors import ConfigError, LaunchError
 from roll_opd.rewards import resolve_reward
 from roll_opd.rewards.base import RewardItem, RewardResult, RewardWorker
 from roll_opd.rewards.math_rule_reward_worker import MathRuleRewardWorker
+from roll_opd.utils.files import to_json
 
 MATH = "roll_opd.rewards.math_rule_reward_worker.MathRuleRewardWorker"
 
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "numpy": np.float32("nan"), "none": None}
+
+
+# What a reward may return: its reward and verdict, and the plain values that they are.
+FOREIGN = {
+    "float32": (np.float32(0.5), np.bool_(True), 0.5, True),
+    "int64": (np.int64(1), np.int64(0), 1.0, False),
+    "tensor": (torch.tensor(0.25), torch.tensor(True), 0.25, True),
+    "bool": (True, None, 1.0, None),
+}
 
 
 class LengthRewardWorker(RewardWorker):
@@ -28,6 +40,12 @@ class LengthRewardWorker(RewardWorker):
             raise LaunchError("no GPU for the judge")
         if item.response in NOT_FINITE:
             return RewardResult(item.id, NOT_FINITE[item.response], correct=True)
+        if item.response in FOREIGN:
+            return RewardResult(item.id, *FOREIGN[item.response][:2])
+        if item.response == "two rewards":
+            return RewardResult(item.id, np.array([1.0, 0.0]))
+        if item.response == "two verdicts":
+            return RewardResult(item.id, 1.0, np.array([True, False]))
         await asyncio.sleep(0.05 / (1 + int(item.id)))
         return RewardResult(item.id, float(len(item.response)))
 
@@ -56,6 +74,26 @@ def test_a_reward_that_is_no_finite_number_is_an_error_of_its_item(response, cap
     assert (bad.id, bad.reward, bad.correct) == ("1", 0.0, None)
     assert bad.error is not None and ("TypeError" in bad.error if response == "none" else "not finite" in bad.error)
     assert "reward length: item 1" in caplog.text
+
+
+@pytest.mark.parametrize("response", list(FOREIGN))
+def test_values_of_other_libraries_become_plain_ones(response):
+    (result,) = grade(response)
+    assert (result.reward, result.correct, result.error) == (*FOREIGN[response][2:], None)
+    assert type(result.reward) is float and type(result.correct) in (bool, type(None))
+    # As they are written into samples.jsonl.
+    assert json.loads(to_json({"reward": result.reward, "correct": result.correct})) == {
+        "reward": result.reward,
+        "correct": result.correct,
+    }
+
+
+@pytest.mark.parametrize("response", ["two rewards", "two verdicts"])
+def test_what_is_no_plain_value_is_an_error_of_its_item(response):
+    before, bad, after = grade("a", response, "ccc")
+    assert (before.reward, after.reward) == (1.0, 3.0)
+    assert (bad.reward, bad.correct) == (0.0, None)
+    assert bad.error is not None and bad.error.startswith(("TypeError", "ValueError"))
 
 
 def test_nothing_to_grade():

@@ -16,7 +16,7 @@ from roll_opd.configs.backends.vllm import VLLMSettings
 from roll_opd.distributed.strategy.base import GenerateRequest, Sampling
 from roll_opd.distributed.strategy.tokenizer import Vocabulary
 from roll_opd.distributed.strategy.vllm.engine import engine_arguments, set_environment
-from roll_opd.distributed.strategy.vllm.strategy import _Response
+from roll_opd.distributed.strategy.vllm.strategy import _max_model_len, _Response
 from roll_opd.distributed.strategy.vllm.truncation import NUCLEUS, kept_mass, ranks_needed
 from roll_opd.distributed.strategy.weight_transfer import TransferEnd, WeightBucket, in_shared_memory, pack
 from roll_opd.errors import ConfigError, GenerationError
@@ -234,3 +234,21 @@ def test_the_environment_gets_defaults_and_keeps_what_is_set(monkeypatch) -> Non
     monkeypatch.setattr(os, "environ", {})
     set_environment(VLLMSettings(), CUDA)
     assert not {"VLLM_CPU_KVCACHE_SPACE", "TORCH_COMPILE_DISABLE", "OMP_NUM_THREADS"} & set(os.environ)
+
+
+@pytest.mark.parametrize(
+    ("longest", "given", "room"),
+    [
+        (100, {}, 101),  # one more, for the token that scoring samples
+        (127, {}, 128),
+        (128, {}, 128),
+        (200, {}, 128),  # the bounds of a teacher's own view, which no sequence reaches
+        (200, {"max_position_embeddings": 256}, 201),
+    ],
+)
+def test_room_ends_where_the_models_positions_do(tmp_path, longest: int, given: dict, room: int) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 128}))
+    model = ModelArguments(model_name_or_path=str(tmp_path), model_config_kwargs=given)
+    assert _max_model_len(WorkerConfig(model_args=model), longest) == room
+    nowhere = ModelArguments(model_name_or_path=str(tmp_path / "no"), model_config_kwargs=given)
+    assert _max_model_len(WorkerConfig(model_args=nowhere), longest) == longest

@@ -441,7 +441,7 @@ async def _together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 def _max_model_len(config: WorkerConfig, longest: int) -> int:
-    """Room for the longest sequence and, unless the model has none for it, for the token that scoring samples."""
+    """Room for the longest sequence and for the token that scoring samples, as far as the model's positions reach."""
     model = config.model_args
     try:
         path = str(model.model_name_or_path)
@@ -449,4 +449,6 @@ def _max_model_len(config: WorkerConfig, longest: int) -> int:
     except (OSError, ValueError):  # what is wrong with the model, vLLM will say
         return longest
     positions = getattr(whole.get_text_config(), "max_position_embeddings", None)
-    return longest if positions == longest else longest + 1
+    positions = model.model_config_kwargs.get("max_position_embeddings", positions)
+    # Bounds of a teacher's own view may add up to more than any sequence has, and than vLLM starts with.
+    return longest + 1 if positions is None else min(longest + 1, int(positions))
