@@ -236,6 +236,20 @@ def test_what_a_resume_may_change(changes, refused, warned):
     assert resume_checks.resume_conflicts(saved, config(**changes)) == (refused, warned)
 
 
+def test_dots_in_a_tag_are_no_path():
+    def lake(**changes):
+        played = {"custom_envs": {"Lake.v1": {**LAKE, **changes}}, "train_env_manager.tags": ["Lake.v1"]}
+        return build_config(changed(AGENTIC, played), "agentic").config
+
+    saved = json.loads(resume_checks.config_for_checkpoint_json(lake()))
+    assert resume_checks.resume_conflicts(saved, lake(step_timeout=5)) == ([], [])
+    assert resume_checks.resume_conflicts(saved, lake(max_tokens_per_step=4)) == (
+        [],
+        ["custom_envs.Lake.v1.max_tokens_per_step"],
+    )
+    assert resume_checks.changed_fields(saved, lake(max_steps=3)) == ["custom_envs.Lake.v1.max_steps"]
+
+
 def test_a_resume_with_longer_turns_is_warned_about_as_other_sampling_is():
     saved = json.loads(resume_checks.config_for_checkpoint_json(config()))
     now = config(**{"actor_infer.generating_args.max_new_tokens": 9})
