@@ -234,7 +234,7 @@ def _check_groups(config: PipelineConfig, warnings: list[str]) -> None:
 def _check_unused(config: PipelineConfig, names: Mapping[str, str], warnings: list[str]) -> None:
     """Settings that load and have no effect: a file of ROLL may keep them, its user should know."""
     named = [key for key in ("global_template", "tag_to_template") if getattr(config, key)]
-    blocks = {f"{names['actor_train']}.data_args": config.actor_train.data_args}
+    blocks = {f"{path}.data_args": worker.data_args for path, worker in roles_of(config, names).items()}
     blocks["validation.data_args"] = config.validation.data_args if config.validation else None
     blocks |= {f"rewards.{name}.data_args": reward.data_args for name, reward in config.rewards.items()}
     named += [f"{path}.template" for path, data in blocks.items() if data and data.template not in (None, "native")]
