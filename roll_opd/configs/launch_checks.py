@@ -5,7 +5,6 @@ Nothing that changes a result may be ignored: a setting is read, refused at laun
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 from roll_opd.configs.agentic_config import AgenticConfig, EnvManagerConfig
@@ -109,13 +108,10 @@ def launched_roles(config: PipelineConfig, names: Mapping[str, str]) -> dict[str
 
 
 def model_holders(config: PipelineConfig, names: Mapping[str, str]) -> dict[str, WorkerConfig]:
-    """Everything that a launch starts and that holds a model, by path: the roles, and the base model, which runs as the
-    first teacher does."""
+    """Everything that a launch starts and that holds a model, by path: the roles, and the base model."""
     roles = launched_roles(config, names)
-    if config.opd_args.base_model is not None and config.teachers:
-        like = next(iter(config.teachers.values()))
-        model = dataclasses.replace(like.model_args, model_name_or_path=config.opd_args.base_model)
-        roles["opd_args.base_model"] = dataclasses.replace(like, model_args=model)
+    if config.base_scorer is not None:
+        roles["opd_args.base_model"] = config.base_scorer
     return roles
 
 
