@@ -46,6 +46,7 @@ def check_agentic(config: AgenticConfig, raw: Mapping[str, Any], names: Names, w
         path = f"custom_envs.{tag}"
         _check_template(env, path)
         _check_limits(env, path, config, names, warnings)
+    _check_validation_turns(config, raw, warnings)
     _check_teachers(config, names, warnings)
     data = config.actor_train.data_args
     if data is not None and data.file_name:
@@ -159,6 +160,20 @@ def _check_limits(env: EnvironmentConfig, path: str, config: AgenticConfig, name
         for key in ("on_rewrite", "on_context_full"):
             if getattr(env, key) != getattr(EnvironmentConfig(), key):
                 warnings.append(f"{path}.{key}: no effect in step mode, where each turn has a prompt of its own")
+
+
+def _check_validation_turns(config: AgenticConfig, raw: Mapping[str, Any], warnings: list[str]) -> None:
+    """A limit of a turn that was left open is that of training, in validation too."""
+    wanted = ((raw.get("val_env_manager") or {}).get("generating_args") or {}).get("max_new_tokens")
+    if wanted is None:
+        return
+    for tag in config.val_env_manager.tags:
+        limit = config.custom_envs[tag].max_tokens_per_step
+        left_open = raw["custom_envs"][tag].get("max_tokens_per_step") is None
+        if left_open and limit is not None and wanted > limit:
+            problem = f"{wanted} is more than a turn of training has, and {limit} is the bound"
+            fix = f"set custom_envs.{tag}.max_tokens_per_step to have more in validation"
+            warnings.append(f"val_env_manager.generating_args.max_new_tokens: {problem}; {fix}")
 
 
 def _check_teachers(config: AgenticConfig, names: Names, warnings: list[str]) -> None:

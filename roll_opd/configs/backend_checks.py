@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from roll_opd.configs.agentic_config import AgenticConfig
 from roll_opd.configs.backends import SETTINGS, backend_settings
 from roll_opd.configs.backends.megatron import MegatronSettings
 from roll_opd.configs.backends.remote import RemoteSettings
 from roll_opd.configs.backends.vllm import VLLMSettings
 from roll_opd.configs.builder import field_types
+from roll_opd.configs.generating_args import GeneratingArguments
 from roll_opd.configs.pipeline_config import PipelineConfig
+from roll_opd.configs.role_checks import readers
 from roll_opd.configs.roles import teacher_key
 from roll_opd.configs.worker_config import TeacherConfig, WorkerConfig
 from roll_opd.errors import ConfigError
@@ -51,11 +54,13 @@ def check_backends(
         elif isinstance(settings, VLLMSettings):
             _check_engine(settings, worker, where)
             if worker is config.actor_infer:
-                _check_sampling_engine(config, settings, worker, path)
+                _check_sampling_engine(settings, worker, path)
+                _check_temperatures(samplings(config, names), path)
             else:
                 _check_scoring_engine(settings, worker, where)
     for name, teacher in config.teachers.items():
         _check_teacher(config, teacher, names[teacher_key(name)], warnings)
+        _check_self_teacher(config, teacher, names[teacher_key(name)], names["actor_train"])
     _check_base_model(config, names)
 
 
@@ -106,17 +111,30 @@ def _check_engine(settings: VLLMSettings, worker: WorkerConfig, where: str) -> N
         raise ConfigError(f"{where}.pipeline_parallel_size", f"{problem}; use 1")
 
 
-def _check_sampling_engine(config: PipelineConfig, settings: VLLMSettings, worker: WorkerConfig, path: str) -> None:
-    low, high = VLLM_TEMPERATURES
-    blocks = {f"{path}.generating_args": worker.generating_args}
+def samplings(config: PipelineConfig, names: Mapping[str, str]) -> dict[str, GeneratingArguments]:
+    """How samples are made in training and, where it differs, in validation, by path in the YAML."""
+    found = {f"{names['actor_infer']}.generating_args": config.actor_infer.generating_args}
     if config.validation is not None:
-        blocks["validation.generating_args"] = config.validation.generating_args
-    for field, sampling in blocks.items():
-        if sampling is None or not sampling.do_sample or not sampling.temperature:
+        found["validation.generating_args"] = config.validation.generating_args
+    if isinstance(config, AgenticConfig) and config.val_env_manager.tags:
+        held_out = config.val_env_manager.generating_args
+        if held_out != config.actor_infer.generating_args:
+            found["val_env_manager.generating_args"] = held_out
+    return {path: sampling for path, sampling in found.items() if sampling is not None}
+
+
+def _check_temperatures(sampled: Mapping[str, GeneratingArguments], path: str) -> None:
+    """Refuse temperatures at which the engine of the role ``path`` cannot sample."""
+    low, high = VLLM_TEMPERATURES
+    for field, sampling in sampled.items():
+        if not sampling.do_sample or not sampling.temperature:
             continue
         if not low <= sampling.temperature <= high:
-            problem = f"vLLM samples at temperatures from {low} to {high}, got {sampling.temperature}"
-            raise ConfigError(f"{field}.temperature", f"{problem}; use one of them, or hf_infer")
+            problem = f"vLLM, on which {path} runs, samples at temperatures from {low} to {high}, got"
+            raise ConfigError(f"{field}.temperature", f"{problem} {sampling.temperature}; use one of them, or hf_infer")
+
+
+def _check_sampling_engine(settings: VLLMSettings, worker: WorkerConfig, path: str) -> None:
     if settings.enable_chunked_prefill and worker.device_mapping is None:
         problem = "on CPUs vLLM cannot sample with seeds from prompts that it cuts"
         raise ConfigError(f"{path}.strategy_args.strategy_config.enable_chunked_prefill", f"{problem}; remove it")
@@ -140,10 +158,13 @@ def _check_teacher(config: PipelineConfig, teacher: TeacherConfig, path: str, wa
     if kind in FOLLOWERS and strategy not in FOLLOWERS[kind]:
         problem = f"{strategy!r} cannot follow the student, as teacher_args.self_teacher: {kind} asks"
         raise ConfigError(field, f"{problem}; use {_either(FOLLOWERS[kind])}")
-    if config.validation is not None and config.validation.teacher_accuracy and strategy not in GENERATORS:
-        problem = f"needs teachers that generate, and {path} runs on {strategy!r}"
-        fix = f"use {_either(GENERATORS)} there, or set it to false"
-        raise ConfigError("validation.teacher_accuracy", f"{problem}; {fix}")
+    if config.validation is not None and config.validation.teacher_accuracy:
+        if strategy not in GENERATORS:
+            problem = f"needs teachers that generate, and {path} runs on {strategy!r}"
+            fix = f"use {_either(GENERATORS)} there, or set it to false"
+            raise ConfigError("validation.teacher_accuracy", f"{problem}; {fix}")
+        if strategy == "vllm":
+            _check_temperatures({"validation.generating_args": config.validation.generating_args}, path)
     if kind is not None and strategy == "remote":
         problem = "the server holds a model of its own, which nobody can say to be the student"
         raise ConfigError(field, f"{problem}, as teacher_args.self_teacher: {kind} does; use {_either(GENERATORS)}")
@@ -154,6 +175,25 @@ def _check_teacher(config: PipelineConfig, teacher: TeacherConfig, path: str, wa
             f"opd_args.top_k: the server of {path} must have been started with --max-logprobs {args.top_k} or more "
             f"(vLLM's default is {SERVER_MAX_LOGPROBS})"
         )
+
+
+def _check_self_teacher(config: PipelineConfig, teacher: TeacherConfig, path: str, student: str) -> None:
+    """A teacher that is the student needs what the student's model is made of."""
+    kind, model = teacher.teacher_args.self_teacher, config.actor_train.model_args
+    if kind is None:
+        return
+    assert teacher.strategy_args is not None
+    strategy = teacher.strategy_args.strategy_name
+    if kind == "ema" and model.adapter_name_or_path is not None:
+        problem = f"the average would start without the adapter that {student} starts from"
+        fix = "use live, or frozen on fsdp2_infer, or merge the adapter into the model"
+        raise ConfigError(f"{path}.teacher_args.self_teacher", f"'ema': {problem}; {fix}")
+    needed = ["model_config_kwargs", *(["adapter_name_or_path"] if kind == "frozen" else [])]
+    for key in needed:
+        if getattr(model, key) and strategy not in readers(key):
+            able = [name for name in readers(key) if not name.endswith("_train")]
+            problem = f"{strategy!r} does not read {student}.model_args.{key}, without which this is not the student"
+            raise ConfigError(f"{path}.strategy_args.strategy_name", f"{problem}; use {_either(able)}")
 
 
 def _either(names: Sequence[str]) -> str:

@@ -8,14 +8,15 @@ from typing import Any
 
 from roll_opd.configs.agentic_checks import check_agentic
 from roll_opd.configs.agentic_config import AgenticConfig
-from roll_opd.configs.backend_checks import check_backends
+from roll_opd.configs.backend_checks import check_backends, samplings
 from roll_opd.configs.backends import backend_settings
 from roll_opd.configs.backends.megatron import MegatronSettings
 from roll_opd.configs.builder import did_you_mean
 from roll_opd.configs.estimator_checks import check_estimator
 from roll_opd.configs.idle_settings import idle_warnings
 from roll_opd.configs.opd_checks import check_logprob_source, check_opd
-from roll_opd.configs.pipeline_config import PipelineConfig
+from roll_opd.configs.pipeline_config import PipelineConfig, RLVRConfig
+from roll_opd.configs.role_checks import changed
 from roll_opd.configs.roles import teacher_key
 from roll_opd.configs.worker_config import RewardFilterArguments, WorkerConfig
 from roll_opd.errors import ConfigError
@@ -23,11 +24,11 @@ from roll_opd.errors import ConfigError
 TRAIN_STRATEGIES = ("fsdp2_train", "megatron_train")
 GENERATE_STRATEGIES = ("vllm", "hf_infer", "sglang")
 AGENTIC_ESTIMATORS = ("gigpo", "step_reinforce", "agentic_reinforce")
-# Arguments of `query_filter_config`, by type: what `algorithms.reward_shaping` takes.
-FILTER_ARGS: dict[str, tuple[str, ...]] = {
-    "no_filter": (),
-    "mean_filter": ("threshold_down", "threshold_up"),
-    "std_filter": ("std_threshold",),
+# Arguments of `query_filter_config` and their defaults, by type: those of `algorithms.reward_shaping`.
+FILTER_ARGS: dict[str, dict[str, float]] = {
+    "no_filter": {},
+    "mean_filter": {"threshold_down": -1.0, "threshold_up": math.inf},
+    "std_filter": {"std_threshold": -1.0},
 }
 SCORE_STRATEGIES = ("hf_infer", "fsdp2_infer", "megatron_infer", "vllm", "remote")
 
@@ -41,6 +42,7 @@ def check_config(config: PipelineConfig, raw: Mapping[str, Any], names: Mapping[
     _check_sampling(config, names)
     _check_data(config, names, warnings)
     _check_rewards(config)
+    _check_bounds(config, warnings)
     if isinstance(config, AgenticConfig):
         check_agentic(config, raw, names, warnings)
     _check_groups(config, warnings)
@@ -155,13 +157,11 @@ def _check_lengths(config: PipelineConfig, names: Mapping[str, str], warnings: l
             f"{config.sequence_length} is less than prompt_length + response_length = {total}; raise it or leave it out"
         )
         raise ConfigError("sequence_length", problem)
-    sampling = {f"{names['actor_infer']}.generating_args.max_new_tokens": config.actor_infer.generating_args}
-    for path, args in sampling.items():
-        assert args is not None and args.max_new_tokens is not None
+    for path, args in samplings(config, names).items():
+        assert args.max_new_tokens is not None
         if args.max_new_tokens > config.response_length:
-            warnings.append(
-                f"{path}: {args.max_new_tokens} is more than response_length; {config.response_length} is the bound"
-            )
+            problem = f"{args.max_new_tokens} is more than response_length; {config.response_length} is the bound"
+            warnings.append(f"{path}.max_new_tokens: {problem}")
 
 
 def _check_sampling(config: PipelineConfig, names: Mapping[str, str]) -> None:
@@ -173,8 +173,9 @@ def _check_sampling(config: PipelineConfig, names: Mapping[str, str]) -> None:
         )
     if not args.do_sample:
         raise ConfigError(f"{path}.do_sample", "must be true: training needs samples, not the argmax")
-    if args.top_k < 0:
-        raise ConfigError(f"{path}.top_k", f"must be >= 0 (0 and -1 keep all tokens), got {args.top_k}")
+    for path, args in samplings(config, names).items():
+        if args.top_k < 0:
+            raise ConfigError(f"{path}.top_k", f"must be >= 0 (0 and -1 keep all tokens), got {args.top_k}")
 
 
 def _check_data(config: PipelineConfig, names: Mapping[str, str], warnings: list[str]) -> None:
@@ -211,6 +212,37 @@ def _check_filter(spec: RewardFilterArguments, path: str) -> None:
             raise ConfigError(f"{path}.{key}", f"unknown key: {problem}")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
             raise ConfigError(f"{path}.{key}", f"expected a number, got {value!r}")
+    if spec.type == "mean_filter":
+        bounds = {**known, **spec.filter_args}
+        _check_order(path, "threshold_down", bounds["threshold_down"], "threshold_up", bounds["threshold_up"])
+
+
+def _check_order(path: str, low: str, lowest: float, high: str, highest: float) -> None:
+    """Refuse bounds between which nothing lies; ``path`` is empty at the top level."""
+    if lowest >= highest:
+        problem = f"{lowest:g} is not below {high} ({highest:g}), and nothing would be left to train on"
+        raise ConfigError(f"{path}.{low}" if path else low, f"{problem}; lower this or raise {high}")
+
+
+def _check_bounds(config: PipelineConfig, warnings: list[str]) -> None:
+    """What is kept for training by two bounds."""
+    if isinstance(config, RLVRConfig) and config.difficulty_mask and config.mode != "pure_opd":
+        lowest, highest = config.difficulty_low_threshold, config.difficulty_high_threshold
+        _check_order("", "difficulty_low_threshold", lowest, "difficulty_high_threshold", highest)
+    for i, spec in enumerate(config.train_infer_correction.filters):
+        path = f"train_infer_correction.filters[{i}]"
+        if not spec.enabled:
+            continue
+        if not (spec.ratio_enabled or spec.diff_enabled):
+            warnings.append(f"{path}: no effect, because it tests nothing; set ratio_enabled or diff_enabled")
+            continue
+        for test in ("ratio", "diff"):
+            low, high = f"{test}_low", f"{test}_high"
+            if getattr(spec, f"{test}_enabled"):
+                _check_order(path, low, getattr(spec, low), high, getattr(spec, high))
+                continue
+            for error in changed(spec, [low, high], path):
+                warnings.append(f"{error.field}: no effect, because {test}_enabled is off")
 
 
 def _check_groups(config: PipelineConfig, warnings: list[str]) -> None:
@@ -234,7 +266,7 @@ def _check_groups(config: PipelineConfig, warnings: list[str]) -> None:
 def _check_unused(config: PipelineConfig, names: Mapping[str, str], warnings: list[str]) -> None:
     """Settings that load and have no effect: a file of ROLL may keep them, its user should know."""
     named = [key for key in ("global_template", "tag_to_template") if getattr(config, key)]
-    blocks = {f"{names['actor_train']}.data_args": config.actor_train.data_args}
+    blocks = {f"{path}.data_args": worker.data_args for path, worker in roles_of(config, names).items()}
     blocks["validation.data_args"] = config.validation.data_args if config.validation else None
     blocks |= {f"rewards.{name}.data_args": reward.data_args for name, reward in config.rewards.items()}
     named += [f"{path}.template" for path, data in blocks.items() if data and data.template not in (None, "native")]

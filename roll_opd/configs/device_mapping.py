@@ -22,7 +22,9 @@ def parse_device_mapping(value: Any, path: str) -> list[int] | None:
         return None
     if isinstance(value, str):
         devices = _parse_text(value, path)
-    elif isinstance(value, (list, tuple, range)):
+    elif isinstance(value, range):
+        devices = _listed(value, value, path)
+    elif isinstance(value, (list, tuple)):
         devices = list(value)
     elif isinstance(value, int) and not isinstance(value, bool):
         # Hydra turns the override device_mapping=0 into a number.
@@ -74,11 +76,13 @@ def _expand(node: ast.expr, text: str, path: str) -> list[Any]:
 def _expand_range(bounds: list[int], text: str, path: str) -> list[int]:
     if len(bounds) == 3 and bounds[2] == 0:
         raise ConfigError(path, f"the step of a range must not be 0, got {text!r}")
-    devices = range(*bounds)
-    if len(devices) > MAX_DEVICES:
-        raise ConfigError(
-            path, f"{text!r} names {len(devices)} devices, more than the {MAX_DEVICES} that are supported"
-        )
+    return _listed(range(*bounds), text, path)
+
+
+def _listed(devices: range, given: Any, path: str) -> list[int]:
+    # Not by len(), which cannot count beyond 2^63.
+    if devices[MAX_DEVICES:]:
+        raise ConfigError(path, f"{given!r} names more than the {MAX_DEVICES} devices that are supported")
     return list(devices)
 
 

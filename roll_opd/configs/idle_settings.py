@@ -60,6 +60,8 @@ RULES = (
          _pure_direct, "pure distillation with objective direct has no policy loss"),
     Idle("pg_clip", lambda c: c.use_pg_clip_range and not c.dual_clip_loss, "use_pg_clip_range is on"),
     Idle("pg_clip_low pg_clip_high", lambda c: not c.use_pg_clip_range, "use_pg_clip_range is off"),
+    Idle("train_infer_correction", lambda c: c.train_infer_correction.enabled and not c.corrects_mismatch,
+         "with opd_args.student_logprob_source infer there is no difference to correct"),
     Idle("lambd", lambda c: c.adv_estimator != "gae", "only adv_estimator gae has one"),
     # Distances to a reference.
     Idle("use_kl_loss kl_loss_type", lambda c: c.use_kl_loss and c.kl_loss_coef == 0, "kl_loss_coef is 0"),

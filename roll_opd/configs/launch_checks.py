@@ -5,7 +5,6 @@ Nothing that changes a result may be ignored: a setting is read, refused at laun
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 from roll_opd.configs.agentic_config import AgenticConfig, EnvManagerConfig
@@ -15,6 +14,7 @@ from roll_opd.configs.checks import roles_of
 from roll_opd.configs.data_args import DataArguments
 from roll_opd.configs.estimator_checks import lone_episodes
 from roll_opd.configs.loader import LoadedConfig
+from roll_opd.configs.misplaced import misplaced
 from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.configs.role_checks import NOT_YET_RUN, changed, role_blockers, role_unread
 from roll_opd.configs.transports import transports
@@ -108,13 +108,10 @@ def launched_roles(config: PipelineConfig, names: Mapping[str, str]) -> dict[str
 
 
 def model_holders(config: PipelineConfig, names: Mapping[str, str]) -> dict[str, WorkerConfig]:
-    """Everything that a launch starts and that holds a model, by path: the roles, and the base model, which runs as the
-    first teacher does."""
+    """Everything that a launch starts and that holds a model, by path: the roles, and the base model."""
     roles = launched_roles(config, names)
-    if config.opd_args.base_model is not None and config.teachers:
-        like = next(iter(config.teachers.values()))
-        model = dataclasses.replace(like.model_args, model_name_or_path=config.opd_args.base_model)
-        roles["opd_args.base_model"] = dataclasses.replace(like, model_args=model)
+    if config.base_scorer is not None:
+        roles["opd_args.base_model"] = config.base_scorer
     return roles
 
 
@@ -154,10 +151,10 @@ def launch_blockers(loaded: LoadedConfig) -> list[ConfigError]:
 
 
 def launch_warnings(loaded: LoadedConfig) -> list[str]:
-    """What the user should know of a launch: a critic without a use, and settings that this version does not read.
+    """What the user should know of a launch: a critic without a use, and settings that nothing reads, in two lines.
 
-    Those settings, in one line, only affect speed or memory: what would change a result is refused by
-    :func:`launch_blockers`.
+    Those that this version does not read yet only affect speed or memory: what would change a result is refused by
+    :func:`launch_blockers`. The others are read of another role, or with another setting.
     """
     config, names = loaded.config, loaded.yaml_names
     warnings = _critic_warnings(config)
@@ -168,9 +165,13 @@ def launch_warnings(loaded: LoadedConfig) -> list[str]:
         unread += role_unread(config, worker, path)
     for path, data in _data_blocks(config, names).items():
         unread += changed(data, UNREAD_DATA, path)
-    if unread:
-        fields = ", ".join(error.field for error in unread)
-        warnings.append(f"settings for speed or memory that this version does not read: {fields}")
+    fields = [error.field for error in unread]
+    if fields:
+        warnings.append(f"settings for speed or memory that this version does not read: {', '.join(fields)}")
+    elsewhere = misplaced(config, launched_roles(config, names), names)
+    told = [f"{path} ({why})" for path, why in elsewhere.items() if path not in fields]
+    if told:
+        warnings.append(f"settings without effect where they stand: {', '.join(told)}")
     return warnings
 
 

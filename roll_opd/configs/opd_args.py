@@ -56,6 +56,7 @@ class OPDArguments:
     coef_end: float = ranged(0.0, ge=0)
     """Factor on the coefficients at the end of the run, for schedules other than `constant`."""
     base_model: str | None = None
-    """Model that the teacher was made from, for reward extrapolation; null: off."""
+    """Model that the teacher was made from, for reward extrapolation; null: off. It runs as the first teacher does, but
+    without its adapter."""
     extrapolation: float = ranged(1.0, gt=0)
     """Factor on what the teacher learned beyond `base_model`; 1 is plain distillation, above 1 goes beyond it."""

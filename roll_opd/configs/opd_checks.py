@@ -48,6 +48,7 @@ def check_opd(config: PipelineConfig, raw: Mapping[str, Any], names: Mapping[str
     _check_teachers(config, effective_estimator(config, explicit), names)
     _check_self_teachers(config, names)
     _check_correction(config, warnings)
+    _check_coefficients(config, names, warnings)
     if config.mode == "mixed_opd":
         _check_mixed(config, warnings)
 
@@ -134,15 +135,27 @@ def _check_extrapolation(args: OPDArguments, estimator: Estimator) -> None:
 
 def _check_correction(config: PipelineConfig, warnings: list[str]) -> None:
     """The correction of the train/infer mismatch weighs the policy loss, which a direct divergence is no part of."""
-    correction = config.train_infer_correction
-    enabled = correction.is_weight.enabled or any(spec.enabled for spec in correction.filters)
-    if not enabled or config.opd_args.objective != "direct":
+    if not config.train_infer_correction.enabled or config.opd_args.objective != "direct":
         return
     if config.mode == "pure_opd":
         problem = "weighs the policy loss, which is zero in pure distillation with opd_args.objective 'direct'"
         raise ConfigError("train_infer_correction", f"{problem}; use objective: policy_gradient, or switch it off")
     problem = "weighs the reward's part alone: the divergence of opd_args.objective 'direct' is a loss of its own"
     warnings.append(f"train_infer_correction: {problem}")
+
+
+def _check_coefficients(config: PipelineConfig, names: Mapping[str, str], warnings: list[str]) -> None:
+    """A schedule multiplies a coefficient, so that 0 stays 0 for the whole run."""
+    own = {f"{names[teacher_key(name)]}.opd_kl_coef": t.opd_kl_coef for name, t in config.teachers.items()}
+    if config.opd_kl_coef is not None and None not in own.values():
+        warnings.append(f"opd_kl_coef: no effect, because every teacher has its own ({', '.join(own)})")
+    if any(config.teacher_coef(name) for name in config.teachers):
+        return
+    field = "opd_kl_coef" if None in own.values() else next(iter(own))
+    problem = "0, as is that of every other teacher" if len(own) > 1 else "0"
+    if config.mode == "pure_opd":
+        raise ConfigError(field, f"{problem}: nothing would train the student; set it above 0")
+    warnings.append(f"{field}: {problem}: rewards alone train the student, and teachers only monitor")
 
 
 def _check_mixed(config: PipelineConfig, warnings: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dataclasses_json import DataClassJsonMixin
@@ -10,7 +10,13 @@ from dataclasses_json import DataClassJsonMixin
 from roll_opd.configs.base_config import BaseConfig
 from roll_opd.configs.field_spec import ranged
 from roll_opd.configs.opd_args import OPDArguments
-from roll_opd.configs.worker_config import RewardConfig, TeacherConfig, ValidationConfig, WorkerConfig
+from roll_opd.configs.worker_config import (
+    RewardConfig,
+    TeacherArguments,
+    TeacherConfig,
+    ValidationConfig,
+    WorkerConfig,
+)
 
 Mode = Literal["pure_opd", "mixed_opd", "rl"]
 AdvantageEstimator = Literal[
@@ -44,13 +50,13 @@ class TrainInferFilterArguments:
     ratio_enabled: bool = True
     """Test the ratio against `ratio_low`..`ratio_high`."""
     ratio_low: float = ranged(0.8, ge=0)
-    """Lowest ratio that is kept."""
+    """Lowest ratio that is kept; below `ratio_high`."""
     ratio_high: float = ranged(1.2, gt=0)
     """Highest ratio that is kept."""
     diff_enabled: bool = False
     """Test the difference of probabilities against `diff_low`..`diff_high`."""
     diff_low: float = -0.2
-    """Lowest difference that is kept."""
+    """Lowest difference that is kept; below `diff_high`."""
     diff_high: float = 0.2
     """Highest difference that is kept."""
 
@@ -63,6 +69,11 @@ class TrainInferCorrectionArguments:
     """The importance weight."""
     filters: list[TrainInferFilterArguments] = field(default_factory=list)
     """Filters, applied in order."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the weight or one of the filters is."""
+        return self.is_weight.enabled or any(spec.enabled for spec in self.filters)
 
 
 @dataclass(frozen=True)
@@ -166,7 +177,8 @@ class PipelineConfig(BaseConfig, DataClassJsonMixin):
     critic_warmup: int = ranged(0, ge=0)
     """Steps that train the critic alone."""
     train_infer_correction: TrainInferCorrectionArguments = field(default_factory=TrainInferCorrectionArguments)
-    """Correction of the trainer/engine mismatch."""
+    """Correction of the trainer/engine mismatch. Off under `opd_args.student_logprob_source: infer`, where there is
+    none."""
 
     @property
     def mode(self) -> Mode:
@@ -204,6 +216,22 @@ class PipelineConfig(BaseConfig, DataClassJsonMixin):
         """Whether something of the signal is a distance to the frozen ``reference``."""
         in_loss = self.use_kl_loss and self.kl_loss_coef > 0
         return not self.teachers and (in_loss or self.add_token_level_kl)
+
+    @property
+    def corrects_mismatch(self) -> bool:
+        """Whether sampled tokens are weighed by trainer against engine: not where the old policy's log-probabilities
+        are the engine's own."""
+        return self.train_infer_correction.enabled and self.opd_args.student_logprob_source == "train"
+
+    @property
+    def base_scorer(self) -> TeacherConfig | None:
+        """Who scores ``opd_args.base_model``; None without one. It runs as the first teacher does, but sees every tag,
+        has the student's view, and has no adapter: an adapter is what made the teacher of the base model."""
+        if self.opd_args.base_model is None or not self.teachers:
+            return None
+        like = next(iter(self.teachers.values()))
+        model = replace(like.model_args, model_name_or_path=self.opd_args.base_model, adapter_name_or_path=None)
+        return replace(like, model_args=model, tag_included=[], teacher_args=TeacherArguments())
 
     def teacher_coef(self, name: str) -> float:
         """Weight of the teacher ``name``: its own, else the pipeline's, else 1."""
@@ -251,7 +279,7 @@ class RLVRConfig(PipelineConfig):
     difficulty_mask: bool = False
     """Leave prompts out whose mean score lies outside the thresholds."""
     difficulty_low_threshold: float = 0.0
-    """Mean score above which a prompt is trained, for `difficulty_mask`."""
+    """Mean score above which a prompt is trained, for `difficulty_mask`; below `difficulty_high_threshold`."""
     difficulty_high_threshold: float = 1.0
     """Mean score below which a prompt is trained, for `difficulty_mask`."""
     error_max_len_clip: bool = False

@@ -11,6 +11,7 @@ from roll_opd.configs.agentic_resolve import resolve_agentic, share_sampling
 from roll_opd.configs.backends import backend_settings
 from roll_opd.configs.backends.vllm import VLLMSettings
 from roll_opd.configs.generating_args import GeneratingArguments
+from roll_opd.configs.model_args import ModelArguments
 from roll_opd.configs.pipeline_config import PipelineConfig
 from roll_opd.configs.roles import teacher_key
 from roll_opd.configs.strategy_args import StrategyArguments, StrategyName
@@ -117,8 +118,7 @@ def _model_paths(config: P, names: Mapping[str, str]) -> P:
         path = f"{names['actor_train']}.model_args.model_name_or_path"
         raise ConfigError(path, "no model: set it here, or set 'pretrain' for both roles of the student")
     config = replace(config, actor_train=_with_model(train, fallback), actor_infer=_with_model(infer, fallback))
-    student = config.actor_train.model_args.model_name_or_path
-    assert student is not None
+    student = config.actor_train.model_args
     teachers = {n: _as_student(t, student, names[teacher_key(n)]) for n, t in config.teachers.items()}
     config = replace(config, teachers=teachers)
     for name, teacher in config.teachers.items():
@@ -134,18 +134,28 @@ def _model_paths(config: P, names: Mapping[str, str]) -> P:
     return config
 
 
-def _as_student(teacher: TeacherConfig, student: str, path: str) -> TeacherConfig:
-    """Give a self-teacher the student's model; one that follows the student cannot be another."""
-    kind, given = teacher.teacher_args.self_teacher, teacher.model_args.model_name_or_path
+def _as_student(teacher: TeacherConfig, student: ModelArguments, path: str) -> TeacherConfig:
+    """Give a self-teacher the model that the student starts as; one that follows the student cannot be another.
+
+    Of an adapter only one that is ``frozen`` has need: the others get the student's weights with it merged into them.
+    """
+    kind, given = teacher.teacher_args.self_teacher, teacher.model_args
     if kind is None:
         return teacher
-    if given not in (None, student):
-        problem = f"{given!r} is not the student ({student!r}), which teacher_args.self_teacher: {kind} says it is"
+    says = f"teacher_args.self_teacher: {kind}"
+    model, adapter = student.model_name_or_path, student.adapter_name_or_path if kind == "frozen" else None
+    if given.model_name_or_path not in (None, model):
+        problem = f"{given.model_name_or_path!r} is not the student ({model!r}), which {says} says it is"
         raise ConfigError(f"{path}.model_args.model_name_or_path", f"{problem}; remove one of the two")
+    if given.adapter_name_or_path not in (None, adapter):
+        problem = f"{given.adapter_name_or_path!r} is not what {says} starts with ({adapter or 'no adapter'})"
+        raise ConfigError(f"{path}.model_args.adapter_name_or_path", f"{problem}; remove it")
     if kind == "ema" and teacher.model_args.dtype != "fp32":
         problem = f"a moving average in {teacher.model_args.dtype} loses small updates"
         raise ConfigError(f"{path}.model_args.dtype", f"{problem}; use fp32, or self_teacher: live or frozen")
-    return replace(teacher, model_args=replace(teacher.model_args, model_name_or_path=student))
+    entries = given.model_config_kwargs or student.model_config_kwargs
+    own = replace(given, model_name_or_path=model, adapter_name_or_path=adapter, model_config_kwargs=entries)
+    return replace(teacher, model_args=own)
 
 
 def _with_model(worker: W, fallback: str) -> W:

@@ -60,7 +60,7 @@ def changed_fields(saved: Mapping[str, Any], config: PipelineConfig) -> list[str
     Raises:
         ConfigError: ``saved`` is not a config.
     """
-    return list(_differences(_plain(_read(saved)), _plain(config), ""))
+    return [".".join(parts) for parts in _changes(saved, config)]
 
 
 def resume_conflicts(
@@ -81,8 +81,8 @@ def resume_conflicts(
     """
     refused: list[str] = []
     warned: list[str] = []
-    for path in changed_fields(saved, config):
-        verdict = _verdict(path)
+    for parts in _changes(saved, config):
+        path, verdict = ".".join(parts), _verdict(*parts)
         if path in ("actor_train.world_size", "actor_train.device_mapping") and _ranks(_read(saved)) != _ranks(config):
             # Other ranks without other batch sizes: an optimizer step takes another number of samples.
             verdict = "warned"
@@ -108,16 +108,20 @@ def _plain(config: PipelineConfig) -> dict[str, Any]:
     return values
 
 
-def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
+def _changes(saved: Mapping[str, Any], config: PipelineConfig) -> Iterator[tuple[str, ...]]:
+    return _differences(_plain(_read(saved)), _plain(config), ())
+
+
+def _differences(old: Any, new: Any, parts: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Paths as their parts: a tag, or a teacher's name, may have dots in it."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in dict.fromkeys([*old, *new]):
-            yield from _differences(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{path}.{key}" if path else key)
+            yield from _differences(old.get(key, _ABSENT), new.get(key, _ABSENT), (*parts, key))
     elif old != new and old != MASK and new != MASK:
-        yield path
+        yield parts
 
 
-def _verdict(path: str) -> str:
-    top, *rest = path.split(".")
+def _verdict(top: str, *rest: str) -> str:
     inside = rest[1:] if top in _NAMED_ROLES else rest
     free_in_role = bool(inside) and (inside[0] in FREE_IN_ROLES or ".".join(inside) == FREE_INSIDE_ROLES)
     if top in FREE or (top in _ROLES and free_in_role):
@@ -127,7 +131,7 @@ def _verdict(path: str) -> str:
     if top == "train_env_manager" and rest and rest[0] in FREE_IN_ENV_MANAGER:
         return "free"
     # Where they are left open, both follow actor_infer's sampling.
-    follows = (top == "train_env_manager" and rest[:1] == ["generating_args"]) or rest[1:] == ["max_tokens_per_step"]
+    follows = (top == "train_env_manager" and rest[:1] == ("generating_args",)) or rest[1:] == ("max_tokens_per_step",)
     if top in WARNED or follows:
         return "warned"
     if top == "actor_train":

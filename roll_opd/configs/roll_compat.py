@@ -125,7 +125,7 @@ ROLL_KEYS: dict[str, dict[str, RollKey]] = {
             "reward_pretrain actor_train actor_infer student_train student_infer async_generation_ratio ppo_epochs"
         ),
         **_same("max_grad_norm lambd pg_clip use_pg_clip_range pg_clip_low pg_clip_high value_clip target_kl"),
-        **_same("kl_horizon advantage_clip reward_clip norm_mean_type norm_std_type critic_warmup entropy_loss_coef"),
+        **_same("kl_horizon advantage_clip norm_mean_type norm_std_type critic_warmup entropy_loss_coef"),
         **_same("dual_clip_loss pure_opd_pipeline_type"),
         **_fixed(
             pretrain="the student's roles fall back on it one by one; a teacher never does",
@@ -140,7 +140,10 @@ ROLL_KEYS: dict[str, dict[str, RollKey]] = {
             kl_penalty="an unknown value is refused; beside a teacher it is an alias of `opd_args`, and `abs`, `mse` "
             "and `full` are refused as a policy-gradient score",
             loss_agg_mode="an unknown value is refused; all modes count over the whole batch, so that micro-batches "
-            "and ranks do not change the loss",
+            "and ranks do not change the loss; `seq-mean-token-sum-norm` divides by the number of sequences times the "
+            "length limit, where ROLL divides by the padded length alone",
+            reward_clip="bounds the external reward before it is normalised, and nothing else; ROLL bounds the "
+            "normalised reward, and the token rewards once more after the KL",
             adv_estimator="an unknown value is refused; pure distillation uses plain `reinforce`; `gae` without a "
             "critic is refused",
             gamma="pure distillation uses 0",
@@ -165,10 +168,12 @@ ROLL_KEYS: dict[str, dict[str, RollKey]] = {
         ),
         **_same("difficulty_loss_weight length_loss_weight use_topr_neg_loss_coef use_policy_loss_type use_topr_loss"),
         **_same("rl_loss_coef importance_sampling max_len_mask mask_type difficulty_mask difficulty_low_threshold"),
-        **_same("difficulty_high_threshold error_max_len_clip error_max_len_threshold"),
+        **_same("difficulty_high_threshold error_max_len_threshold"),
         **_same("use_reward_scaling use_reward_norm add_len_reward"),
         **_fixed(
             postive_loss_coef="`positive_loss_coef` is the same key; ROLL drops it",
+            error_max_len_clip="leaves out long responses with a score of 0 or less; ROLL keeps a score of exactly 1, "
+            "and of exactly 0 for a short response, and leaves out every other one",
             rewards="optional in pure distillation, where they never filter, delay or stop training",
             validation="`data_args` and `generating_args` count; devices and model are the student's",
             global_template="the tokenizer's own chat template is used, and a warning says so",

@@ -74,8 +74,8 @@ class TeacherArguments:
     context_length: int | None = ranged(None, ge=1)
     """Tokens of that prompt at most; null: twice the pipeline's `prompt_length` (of an episode: `sequence_length`)."""
     self_teacher: Literal["frozen", "ema", "live"] | None = None
-    """The teacher is the student itself: as it was at the start, a moving average of it, or as it is. Null: a model of
-    its own."""
+    """The teacher is the student itself: as it was at the start, its adapter included, a moving average of it, or as it
+    is. Null: a model of its own."""
     ema_decay: float = ranged(0.99, ge=0, lt=1)
     """Share of the old weights that an `ema` teacher keeps at each step."""
 
@@ -87,7 +87,8 @@ class TeacherConfig(WorkerConfig):
     tag_included: list[str] = field(default_factory=list)
     """Tags of the samples this teacher scores; empty: all of them."""
     opd_kl_coef: float | None = ranged(None, ge=0)
-    """Weight of this teacher's term; null: the pipeline's `opd_kl_coef`, else 1."""
+    """Weight of this teacher's term; null: the pipeline's `opd_kl_coef`, else 1. 0 for every teacher is refused in pure
+    distillation."""
     teacher_args: TeacherArguments = field(default_factory=TeacherArguments)
     """The teacher's own view of the prompt."""
     request_timeout: float = ranged(600.0, gt=0)

@@ -21,12 +21,10 @@ def updates_per_step(config: PipelineConfig, trained: WorkerConfig) -> int:
 
 def needs_old_logprobs(config: PipelineConfig) -> bool:
     """Whether the student's log-probabilities and entropies must be known before the update."""
-    correction = config.train_infer_correction
-    corrected = correction.is_weight.enabled or any(f.enabled for f in correction.filters)
     return (
         not _trains_divergences_alone(config)
         or config.opd_args.entropy_keep is not None
-        or corrected
+        or config.corrects_mismatch
         # The forward pass of a second update is one with other weights.
         or updates_per_step(config, config.actor_train) > 1
     )

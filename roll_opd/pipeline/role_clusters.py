@@ -10,7 +10,7 @@ from typing import Any
 from roll_opd.configs.launch_checks import starts_critic
 from roll_opd.configs.loader import LoadedConfig
 from roll_opd.configs.pipeline_config import PipelineConfig
-from roll_opd.configs.worker_config import TeacherArguments, TeacherConfig, WorkerConfig
+from roll_opd.configs.worker_config import TeacherConfig, WorkerConfig
 from roll_opd.distributed.cluster import Cluster
 from roll_opd.distributed.cores import Cores
 from roll_opd.distributed.placement import Placement, cpu_threads, lent_cores, usable_cores
@@ -32,12 +32,8 @@ def scorers_of(config: PipelineConfig) -> dict[str, TeacherConfig]:
     if config.reference is not None and config.needs_reference:
         worker = {f.name: getattr(config.reference, f.name) for f in dataclasses.fields(WorkerConfig)}
         scorers[REFERENCE] = TeacherConfig(**worker)
-    if config.opd_args.base_model is not None and config.teachers:
-        like = next(iter(config.teachers.values()))
-        model = dataclasses.replace(like.model_args, model_name_or_path=config.opd_args.base_model)
-        scorers[BASE_MODEL] = dataclasses.replace(
-            like, model_args=model, tag_included=[], teacher_args=TeacherArguments()
-        )
+    if config.base_scorer is not None:
+        scorers[BASE_MODEL] = config.base_scorer
     return scorers
 
 

@@ -266,7 +266,7 @@ class Signal:
         weights = [torch.ones(t.response_length) for t in trajectories]
         correction = self.config.train_infer_correction
         filters = [f for f in correction.filters if f.enabled]
-        if not (correction.is_weight.enabled or filters):
+        if not self.config.corrects_mismatch:
             return weights
         counts = [t.response_length for t in trajectories]
         old = torch.cat([_sampled(t, t.old_logprobs) for t in trajectories])

@@ -6,7 +6,6 @@ in the order of their findings. ``docs/preflight.md`` has a row for each.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -62,10 +61,8 @@ class Facts:
         }
         if config.reference is not None and config.needs_reference:
             found["the reference"] = ("reference", config.reference.model_args)
-        if config.opd_args.base_model is not None and config.teachers:
-            like = next(iter(config.teachers.values())).model_args
-            model = dataclasses.replace(like, model_name_or_path=config.opd_args.base_model)
-            found["the base model"] = (BASE_MODEL, model)
+        if config.base_scorer is not None:
+            found["the base model"] = (BASE_MODEL, config.base_scorer.model_args)
         return found
 
     def is_remote(self, path: str) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from transformers import PreTrainedTokenizerBase
 
 from roll_opd.configs.memory import find_model_config
+from roll_opd.configs.model_args import ModelArguments
 from roll_opd.distributed.strategy.tokenizer import check_same_vocabulary, end_of_turn
 from roll_opd.errors import ConfigError, ModelError
 from roll_opd.pipeline.preflight.facts import Facts, model_field
@@ -141,16 +142,16 @@ def context_lengths(facts: Facts) -> Iterator[Finding]:
 
 def teachers_differ(facts: Facts) -> Iterator[Finding]:
     """A teacher that is the student says nothing."""
-    config, student = facts.config, facts.config.actor_train.model_args.model_name_or_path or ""
+    config, student = facts.config, facts.config.actor_train.model_args
     same = []
     for name, teacher in config.teachers.items():
         field = model_field(facts.loaded.teacher_yaml_name(name))
-        args, path = teacher.teacher_args, teacher.model_args.model_name_or_path or ""
+        args, path = teacher.teacher_args, teacher.model_args.model_name_or_path
         if args.context_template is not None or args.self_teacher is not None:
             yield Finding("ok", field, f"teacher {name!r} is told apart from the student by its teacher_args")
         elif config.opd_args.base_model is not None:
             yield Finding("ok", field, f"teacher {name!r} is told apart from the student by opd_args.base_model")
-        elif same_model(student, path):
+        elif _same(student, teacher.model_args):
             same.append((name, field, path))
         else:
             yield Finding("ok", field, f"teacher {name!r} is another model than the student")
@@ -162,6 +163,14 @@ def teachers_differ(facts: Facts) -> Iterator[Finding]:
             yield Finding("error", field, f"{what}, and its signal zero; {fix}")
         else:
             yield Finding("warning", field, f"{what}: its term only pulls the student back to where it started")
+
+
+def _same(one: ModelArguments, other: ModelArguments) -> bool:
+    """Whether two roles begin with one model: weights, adapter, and what replaces entries of ``config.json``."""
+    if one.model_config_kwargs != other.model_config_kwargs:
+        return False
+    pairs = ((one.model_name_or_path, other.model_name_or_path), (one.adapter_name_or_path, other.adapter_name_or_path))
+    return all(a == b or (a and b and same_model(a, b)) for a, b in pairs)
 
 
 def student_roles(facts: Facts) -> Iterator[Finding]:

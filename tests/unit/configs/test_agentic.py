@@ -169,6 +169,29 @@ def test_not_refused_at_load(changes):
     assert load(**changes).warnings == []
 
 
+VAL = "val_env_manager.generating_args.max_new_tokens"
+HELD_OUT = {"num_env_groups": 2, "tags": ["Lake"]}
+
+
+@pytest.mark.parametrize(
+    ("val", "changes", "words"),
+    [
+        # What was left open follows training's turns.
+        (9, {}, ["9 is more than a turn of training has, and 8 is the bound; set custom_envs.Lake.max_tokens"]),
+        (8, {}, []),
+        (9, {"custom_envs.Lake.max_tokens_per_step": 8}, []),
+        (33, {"response_length": 32, "custom_envs.Lake.max_tokens_per_step": 8},
+         ["33 is more than response_length; 32 is the bound"]),
+        (32, {"response_length": 32, "custom_envs.Lake.max_tokens_per_step": 8}, []),
+    ],
+)  # fmt: skip
+def test_longer_turns_in_validation_than_there_may_be(val, changes, words):
+    given = {"val_env_manager": {**HELD_OUT, "generating_args": {"max_new_tokens": val}}}
+    told = [warning for warning in load(**given, **changes).warnings if warning.startswith(VAL)]
+    assert len(told) == len(words)
+    assert all(word in warning for word, warning in zip(words, told, strict=True))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -234,6 +257,20 @@ def test_teachers_and_tags():
 def test_what_a_resume_may_change(changes, refused, warned):
     saved = json.loads(resume_checks.config_for_checkpoint_json(config()))
     assert resume_checks.resume_conflicts(saved, config(**changes)) == (refused, warned)
+
+
+def test_dots_in_a_tag_are_no_path():
+    def lake(**changes):
+        played = {"custom_envs": {"Lake.v1": {**LAKE, **changes}}, "train_env_manager.tags": ["Lake.v1"]}
+        return build_config(changed(AGENTIC, played), "agentic").config
+
+    saved = json.loads(resume_checks.config_for_checkpoint_json(lake()))
+    assert resume_checks.resume_conflicts(saved, lake(step_timeout=5)) == ([], [])
+    assert resume_checks.resume_conflicts(saved, lake(max_tokens_per_step=4)) == (
+        [],
+        ["custom_envs.Lake.v1.max_tokens_per_step"],
+    )
+    assert resume_checks.changed_fields(saved, lake(max_steps=3)) == ["custom_envs.Lake.v1.max_steps"]
 
 
 def test_a_resume_with_longer_turns_is_warned_about_as_other_sampling_is():

@@ -143,6 +143,9 @@ RULES = [
      "teacher runs on 'remote'; use hf_infer or vllm"),
     ({"validation": {"teacher_accuracy": True}, **role(TEACHER, "megatron_infer")}, "validation.teacher_accuracy",
      "use hf_infer or vllm"),
+    # A teacher that samples, of a student on another engine.
+    ({"validation": {"teacher_accuracy": True, "generating_args": {"temperature": 3.0}}, **role(TEACHER, "vllm")},
+     "validation.generating_args.temperature", "vLLM, on which teacher runs, samples at temperatures from 0.01 to 2.0"),
     ({"opd_args": {"base_model": "m", "extrapolation": 1.5}, **role(TEACHER, "remote", **SERVER)},
      "opd_args.base_model", "put a teacher that runs here first"),
 ] + [
@@ -156,6 +159,73 @@ RULES = [
         ("live", "remote", SERVER, "self_teacher: live asks; use hf_infer, fsdp2_infer, megatron_infer or vllm"),
     )
 ]  # fmt: skip
+
+
+STUDENT = f"{TRAIN}.model_args"
+ADAPTER, ENTRIES = f"{STUDENT}.adapter_name_or_path", f"{STUDENT}.model_config_kwargs"
+
+
+def themselves(kind, strategy="hf_infer", **model):
+    """Changes that make a self-teacher."""
+    return {"teacher": {"teacher_args": {**VIEW, "self_teacher": kind}, "model_args": {"dtype": "fp32", **model},
+                        ARGS: {"strategy_name": strategy}}}  # fmt: skip
+
+
+RULES += [
+    ({**themselves("frozen"), ADAPTER: "a"}, STRATEGY,
+     "'hf_infer' does not read student_train.model_args.adapter_name_or_path, without which this is not the student; "
+     "use fsdp2_infer"),
+    ({**themselves("frozen", "vllm"), ADAPTER: "a"}, STRATEGY, "use fsdp2_infer"),
+    ({**themselves("ema", "fsdp2_infer"), ADAPTER: "a"}, f"{TEACHER}.teacher_args.self_teacher",
+     "the average would start without the adapter that student_train starts from; use live, or frozen on fsdp2_infer"),
+    ({**themselves("live", "megatron_infer"), ENTRIES: {"x": 1}}, STRATEGY, "use fsdp2_infer, hf_infer or vllm"),
+    ({**themselves("frozen", "fsdp2_infer", adapter_name_or_path="b"), ADAPTER: "a"},
+     f"{TEACHER}.model_args.adapter_name_or_path", "'b' is not what teacher_args.self_teacher: frozen starts with (a)"),
+    ({**themselves("live", "fsdp2_infer", adapter_name_or_path="a"), ADAPTER: "a"},
+     f"{TEACHER}.model_args.adapter_name_or_path", "live starts with (no adapter); remove it"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy", "student", "teacher"),
+    [
+        ("frozen", "fsdp2_infer", {ADAPTER: "a"}, ("a", {})),
+        ("frozen", "fsdp2_infer", {ADAPTER: "a", ENTRIES: {"x": 1}}, ("a", {"x": 1})),
+        ("frozen", "hf_infer", {ENTRIES: {"x": 1}}, (None, {"x": 1})),
+        # A fresh adapter computes nothing.
+        ("frozen", "hf_infer", {f"{STUDENT}.lora_target": "all-linear"}, (None, {})),
+        ("ema", "hf_infer", {f"{STUDENT}.lora_target": "all-linear", ENTRIES: {"x": 1}}, (None, {"x": 1})),
+        # Its weights come with the adapter merged into them.
+        ("live", "hf_infer", {ADAPTER: "a", ENTRIES: {"x": 1}}, (None, {"x": 1})),
+        ("live", "vllm", {ADAPTER: "a"}, (None, {})),
+    ],
+)
+def test_a_self_teacher_is_what_the_student_starts_as(kind, strategy, student, teacher):
+    loaded = load({**themselves(kind, strategy), **student})
+    model = loaded.config.teachers["default"].model_args
+    assert (model.model_name_or_path, model.adapter_name_or_path, model.model_config_kwargs) == (
+        "models/student",
+        *teacher,
+    )
+    assert launch_blockers(loaded) == []
+
+
+def test_a_self_teachers_own_entries_win():
+    """A longer context than the student's may need them."""
+    config = load({**themselves("frozen", model_config_kwargs={"x": 2}), ENTRIES: {"x": 1}}).config
+    assert config.teachers["default"].model_args.model_config_kwargs == {"x": 2}
+
+
+def test_validation_episodes_are_sampled_at_temperatures_that_the_engine_has():
+    vllm = {f"actor_infer.{ARGS}": {"strategy_name": "vllm"}}
+    played = {"val_env_manager": {"num_env_groups": 2, "tags": ["Lake"], "generating_args": {"temperature": 3.0}}}
+    with pytest.raises(ConfigError) as caught:
+        load({**vllm, **played}, AGENTIC, "agentic")
+    assert caught.value.field == "val_env_manager.generating_args.temperature"
+    assert "got 3.0; use one of them, or hf_infer" in caught.value.problem
+    load(played, AGENTIC, "agentic")
+    # Nobody plays.
+    load({**vllm, **changed(played, {"val_env_manager.tags": []})}, AGENTIC, "agentic")
 
 
 @pytest.mark.parametrize(("changes", "field", "words"), RULES)

@@ -73,6 +73,7 @@ BAD_VALUES = [
     ({"student_infer.generating_args.top_p": 0}, "student_infer.generating_args.top_p", "> 0 and <= 1"),
     ({"student_infer.generating_args.top_p": 1.1}, "student_infer.generating_args.top_p", "> 0 and <= 1"),
     ({"student_infer.generating_args.top_k": -2}, "student_infer.generating_args.top_k", ">= 0"),
+    ({"validation": {"generating_args": {"top_k": -2}}}, "validation.generating_args.top_k", ">= 0"),
     ({"student_infer.generating_args.num_beams": 4}, "student_infer.generating_args.num_beams", "must be 1"),
     ({"student_infer.generating_args.do_sample": False}, "student_infer.generating_args.do_sample", "must be true"),
     ({"gamma": 1.5}, "gamma", "<= 1"),
@@ -212,6 +213,68 @@ OTHER_LAUNCHERS = [
      "every reward becomes 0; use at least 2, or norm_mean_type and norm_std_type: batch"),
     (RL, "rlvr", {"norm_std_type": "group"}, GROUP, "norm_std_type group compares"),
 ]  # fmt: skip
+
+
+FILTERS = "train_infer_correction.filters"
+MEAN = "rewards.math.query_filter_config.filter_args"
+
+
+def filtered(**settings):
+    return {"train_infer_correction": {"filters": [{"enabled": False}, {"enabled": True, **settings}]}}
+
+
+def mean_filter(**bounds):
+    return {"rewards": {"math": {**REWARD, "query_filter_config": {"type": "mean_filter", "filter_args": bounds}}},
+            GROUP: 2}  # fmt: skip
+
+
+OTHER_LAUNCHERS += [
+    (RL, "rlvr", filtered(ratio_low=1.1, ratio_high=0.9), f"{FILTERS}[1].ratio_low", "1.1 is not below ratio_high (0."),
+    # Against the other one's default.
+    (RL, "rlvr", filtered(ratio_low=1.2), f"{FILTERS}[1].ratio_low", "1.2 is not below ratio_high (1.2)"),
+    (RL, "rlvr", filtered(ratio_high=0.5), f"{FILTERS}[1].ratio_low", "0.8 is not below ratio_high (0.5)"),
+    (RL, "rlvr", filtered(diff_enabled=True, diff_low=0.3), f"{FILTERS}[1].diff_low", "not below diff_high (0.2)"),
+    (PURE, OPD, filtered(diff_enabled=True, diff_high=-0.2), f"{FILTERS}[1].diff_low", "raise diff_high"),
+    (RL, "rlvr", {"difficulty_mask": True, "difficulty_low_threshold": 1.0, GROUP: 2}, "difficulty_low_threshold",
+     "1 is not below difficulty_high_threshold (1)"),
+    (MIXED, "rlvr", {"difficulty_mask": True, "difficulty_high_threshold": 0.0, GROUP: 2}, "difficulty_low_threshold",
+     "raise difficulty_high_threshold"),
+    (RL, "rlvr", mean_filter(threshold_down=0.9, threshold_up=0.1), f"{MEAN}.threshold_down",
+     "0.9 is not below threshold_up (0.1)"),
+    (RL, "rlvr", mean_filter(threshold_up=-1), f"{MEAN}.threshold_down", "-1 is not below threshold_up (-1)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "warnings"),
+    [
+        ({}, []),
+        ({"ratio_low": 0.0, "ratio_high": 2.0}, []),
+        ({"diff_low": -0.1}, ["[1].diff_low: no effect, because diff_enabled is off"]),
+        # What says the default asks for nothing.
+        ({"diff_low": -0.2, "diff_high": 0.2}, []),
+        ({"ratio_enabled": False, "ratio_high": 0.5, "diff_enabled": True, "diff_low": -0.1},
+         ["[1].ratio_high: no effect, because ratio_enabled is off"]),
+        ({"ratio_enabled": False, "ratio_high": 0.5},
+         ["[1]: no effect, because it tests nothing; set ratio_enabled or diff_enabled"]),
+        ({"enabled": False, "ratio_low": 9.0}, []),
+    ],
+)  # fmt: skip
+def test_bounds_without_their_switch_are_mentioned(settings, warnings):
+    assert build_config(changed(RL, filtered(**settings)), "rlvr").warnings == [f"{FILTERS}{w}" for w in warnings]
+
+
+@pytest.mark.parametrize(
+    ("base", "launcher", "changes"),
+    [
+        (RL, "rlvr", {"difficulty_low_threshold": 2.0, GROUP: 2}),
+        # Rewards only monitor.
+        (PURE, OPD, {"difficulty_mask": True, "difficulty_low_threshold": 2.0, GROUP: 2}),
+        (RL, "rlvr", mean_filter(threshold_up=1)),
+    ],
+)
+def test_bounds_that_are_not_in_force_or_do_not_cross_load(base, launcher, changes):
+    build_config(changed(base, changes), launcher)
 
 
 @pytest.mark.parametrize(("base", "launcher", "changes", "field", "words"), OTHER_LAUNCHERS)
@@ -379,7 +442,7 @@ def test_arguments_of_a_filter_are_checked(base, launcher, kind, args, key, word
 
 
 def test_filters_take_what_the_algorithm_takes():
-    assert {kind: set(args) for kind, args in FILTER_ARGS.items()} == {k: set(v) for k, v in QUERY_FILTERS.items()}
+    assert FILTER_ARGS == QUERY_FILTERS
     for kind, args in QUERY_FILTERS.items():
         reward = {**REWARD, "query_filter_config": {"type": kind, "filter_args": {**args}}}
         raw = changed(RL, {"rewards": {"math": reward}, "num_return_sequences_in_group": 2})

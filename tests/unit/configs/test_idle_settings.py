@@ -188,6 +188,16 @@ def test_a_correction_of_nothing_is_refused(correction):
         assert loaded(mode, correction).warnings == []
 
 
+@pytest.mark.parametrize("mode", BASES)
+@pytest.mark.parametrize("correction", [CORRECTION, FILTERS])
+def test_a_correction_of_the_engines_own_log_probabilities_is_mentioned(mode, correction):
+    infer = {"opd_args": {"student_logprob_source": "infer"}}
+    (warning,) = loaded(mode, {**infer, **correction}).warnings
+    assert warning.startswith("settings without effect here: train_infer_correction (with opd_args.student_logprob")
+    off = {"train_infer_correction": {"is_weight": {"enabled": False}}}
+    assert loaded(mode, {**infer, **off}).warnings == []
+
+
 def test_a_correction_that_is_off_is_not_refused():
     off = {"train_infer_correction": {"is_weight": {"enabled": False}, "filters": [{"enabled": False}]}}
     assert loaded("pure", {**DIRECT, **off}).warnings == []

@@ -130,6 +130,31 @@ def test_coefficient_own_then_top_level_then_one():
     assert build_config(PURE, OPD).config.teacher_coef("default") == 1.0
 
 
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"opd_kl_coef": 0}, "opd_kl_coef"),
+        ({"teacher.opd_kl_coef": 0}, "teacher.opd_kl_coef"),
+        ({"teacher": {"a": {**SINGLE, "opd_kl_coef": 0}, "b": {**SINGLE, "opd_kl_coef": 0}}}, "teacher.a.opd_kl_coef"),
+        ({"teacher": {"a": {**SINGLE, "opd_kl_coef": 0}, "b": SINGLE}, "opd_kl_coef": 0}, "opd_kl_coef"),
+        # A schedule multiplies.
+        ({"opd_kl_coef": 0, "opd_args": {"coef_schedule": "linear", "coef_end": 2.0}}, "opd_kl_coef"),
+    ],
+)
+def test_teachers_without_weight_train_nothing(changes, field):
+    with pytest.raises(ConfigError, match="nothing would train the student") as caught:
+        build_config(changed(PURE, changes), OPD)
+    assert caught.value.field == field
+    (warning,) = (w for w in build_config(changed(MIXED, changes), "rlvr").warnings if "only monitor" in w)
+    assert warning.startswith(f"{field}: 0")
+
+
+def test_a_teacher_without_weight_beside_another_only_monitors():
+    teachers = {"a": {**SINGLE, "opd_kl_coef": 0}, "b": SINGLE}
+    for changes in ({"teacher": teachers}, {"opd_args": {"coef_schedule": "linear", "coef_end": 0.0}}):
+        assert build_config(changed(PURE, changes), OPD).warnings == []
+
+
 def test_each_role_falls_back_on_its_own():
     own = {"student_train.model_args.model_name_or_path": "models/own"}
     config = build_config(changed(PURE, own), OPD).config
@@ -222,6 +247,14 @@ def test_roll_keys_without_effect_give_one_warning():
         ({"opd_args": {"top_k": 4}}, "opd_args.top_k: has no effect"),
         ({"student_infer.strategy_args": {"strategy_name": "sglang"}}, "sglang is planned only"),
         ({"student_infer.generating_args.max_new_tokens": 99}, "more than response_length"),
+        (
+            {"validation": {"generating_args": {"max_new_tokens": 33}}},
+            "validation.generating_args.max_new_tokens: 33 is more than response_length; 32 is the bound",
+        ),
+        (
+            {"opd_kl_coef": 2.0, "teacher": {"a": {**SINGLE, "opd_kl_coef": 0.5}, "b": {**SINGLE, "opd_kl_coef": 1.0}}},
+            "opd_kl_coef: no effect, because every teacher has its own (teacher.a.opd_kl_coef, teacher.b.opd_kl_coef)",
+        ),
         ({"student_train.data_args.domain_interleave_probs": {"a": 0.5, "b": 0.4}}, "add up to 0.9"),
         ({"student_infer.generating_args.num_return_sequences": 3}, "num_return_sequences_in_group (1) decides"),
     ],

@@ -7,7 +7,12 @@ import dataclasses
 import pytest
 
 from roll_opd.configs.opd_args import OPDArguments
-from roll_opd.configs.pipeline_config import PipelineConfig, RLVRConfig
+from roll_opd.configs.pipeline_config import (
+    PipelineConfig,
+    RLVRConfig,
+    TrainInferCorrectionArguments,
+    TrainInferWeightArguments,
+)
 from roll_opd.configs.worker_config import StrategyArguments, TeacherConfig, WorkerConfig
 from roll_opd.pipeline.needs import needs_old_logprobs, needs_teacher_logprobs, want_of
 
@@ -57,6 +62,13 @@ def test_the_entropy_gate_reads_entropies() -> None:
 def test_whoever_reads_both_gets_both(changes: dict[str, bool]) -> None:
     changed = dataclasses.replace(config(), **changes)  # type: ignore[arg-type]
     assert needs_old_logprobs(changed) and needs_teacher_logprobs(changed)
+
+
+def test_a_correction_compares_with_the_engine() -> None:
+    weight = TrainInferCorrectionArguments(TrainInferWeightArguments(enabled=True))
+    assert needs_old_logprobs(dataclasses.replace(config(), train_infer_correction=weight))
+    own = config(student_logprob_source="infer")
+    assert not needs_old_logprobs(dataclasses.replace(own, train_infer_correction=weight))
 
 
 def test_an_advantage_is_made_of_both() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from roll_opd.configs import config_for_checkpoint_json, load_config
+from roll_opd.configs.launch_checks import model_holders
 from roll_opd.configs.loader import LoadedConfig
 from roll_opd.distributed.checkpoint import CONFIG_FILE, STATE_FILE
 from roll_opd.distributed.strategy.tokenizer import end_of_turn, load_tokenizer
@@ -34,6 +35,7 @@ from roll_opd.pipeline.preflight.model_checks import MODEL_CHECKS
 from roll_opd.pipeline.preflight.model_identity import same_model
 from roll_opd.pipeline.preflight.probe import Scorer, judge, noise_floor, pick_prompts
 from roll_opd.pipeline.preflight.setting_checks import SETTING_CHECKS
+from roll_opd.pipeline.role_clusters import scorers_of
 from roll_opd.trajectory import BASE_MODEL
 
 QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart"
@@ -245,6 +247,42 @@ def test_teacher_equal_to_student(tmp_path: Path) -> None:
     assert only(two, "warning").field == "teacher.one.model_args.model_name_or_path"
 
 
+def test_one_base_with_and_without_an_adapter_are_two_models(tmp_path: Path) -> None:
+    """So they are with other entries of ``config.json``."""
+    look_at = model_checks.teachers_differ
+    same = f"teacher.model_args.model_name_or_path={tmp_path / 'models' / 'student'}"
+    adapters = [tmp_path / name for name in ("one", "copied", "other")]
+    for folder in adapters:
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_bytes(folder.name.encode() if folder.name == "other" else b"a")
+    one, copied, other = (f"model_args.adapter_name_or_path={folder}" for folder in adapters)
+    entries = "model_args.model_config_kwargs={rope_theta: 5.0}"
+    for settings, level in (
+        ([f"teacher.{one}"], "ok"),
+        ([f"student_train.{one}"], "ok"),
+        ([f"student_train.{one}", f"teacher.{other}"], "ok"),
+        ([f"student_train.{one}", f"teacher.{one}"], "error"),
+        ([f"student_train.{one}", f"teacher.{copied}"], "error"),
+        ([f"teacher.{entries}"], "ok"),
+        ([f"student_train.{entries}", f"teacher.{entries}"], "error"),
+    ):
+        found = only(look(tmp_path, same, *settings, SILENT, SHARDED, check=look_at), level)
+        assert found.field == "teacher.model_args.model_name_or_path"
+
+
+def test_the_base_model_has_no_adapter(tmp_path: Path) -> None:
+    """An adapter is what made the teacher of it: with one, extrapolation would go nowhere."""
+    beyond = ["opd_args.extrapolation=1.5", "opd_args.base_model=a/base", "teacher.tag_included=[sort_digits]"]
+    adapter = "teacher.model_args.adapter_name_or_path=an/adapter"
+    loaded = load(tmp_path, *beyond, adapter, SILENT, SHARDED)
+    path, model = Facts(loaded).scorers["the base model"]
+    scorer = scorers_of(loaded.config)[BASE_MODEL]
+    assert path == "opd_args.base_model" and scorer.tag_included == []
+    assert scorer.strategy_args == loaded.config.teachers["default"].strategy_args
+    for args in (model, scorer.model_args, model_holders(loaded.config, loaded.yaml_names)[path].model_args):
+        assert (args.model_name_or_path, args.adapter_name_or_path, args.dtype) == ("a/base", None, "fp32")
+
+
 def test_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     for folder in (a, b):
@@ -394,8 +432,9 @@ def backend(role: str, strategy: str, **settings: Any) -> str:
 
 # Most of them cannot sample.
 SILENT = "validation.teacher_accuracy=false"
+SHARDED = backend("teacher", "fsdp2_infer")
 ENGINES = [SILENT, "student_train.world_size=2", backend("student_train", "megatron_train")]
-ENGINES += [backend("student_infer", "vllm"), backend("teacher", "fsdp2_infer")]
+ENGINES += [backend("student_infer", "vllm"), SHARDED]
 ENGINES += ["teacher.model_args.adapter_name_or_path=an/adapter"]
 
 

@@ -510,6 +510,17 @@ def test_a_correction_that_is_off_costs_nothing(make) -> None:
     assert not any(name.startswith("mismatch/") for name in metrics)
 
 
+@pytest.mark.parametrize("settings", [pure, mixed, rl], ids=["pure", "mixed", "rl"])
+def test_the_engines_own_log_probabilities_need_no_correction(make, settings) -> None:
+    """All ratios are 1, and neither a bound below 1 nor a filter without 1 may touch the loss."""
+    spec = correction("token", [{"ratio_low": 1.1, "ratio_high": 9.0}], upper_bound=0.5)
+    args = {"opd_args": OPDArguments(student_logprob_source="infer")} if settings is rl else None
+    config = settings(train_infer_correction=spec, **(args or {"student_logprob_source": "infer"}))
+    out, metrics = Signal(config)([make(reward=1.0, infer_logprobs=STUDENT)], 0)
+    assert on_tokens(out, "policy_weights") == [[1.0] * 3]
+    assert not any(name.startswith("mismatch/") for name in metrics)
+
+
 def test_a_mask_leaves_the_correction_alone(make) -> None:
     batch = [make(0, infer_logprobs=STUDENT, finish_reason="length"), make(1, infer_logprobs=[-1.0 - LOG2, -2.0, -0.5])]
     spec = correction("token", upper_bound=1.5)
