@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from roll_opd.configs.environment_config import EnvironmentConfig
 from roll_opd.distributed.strategy.base import GenerateRequest, GenerateResult, Sampling
 from roll_opd.environments.base import Opening, Outcome
-from roll_opd.errors import DataError, EngineDiedError, GenerationError
+from roll_opd.errors import ConfigError, DataError, EngineDiedError, GenerationError
 from roll_opd.pipeline.agentic import turn_queue
 from roll_opd.pipeline.agentic.env_pool import EpisodeLostError
 from roll_opd.pipeline.agentic.episodes import EnvTask, EpisodeRollout, PrivilegedView
@@ -336,6 +336,51 @@ def test_a_rollout_ends_where_a_cancellation_is_lost(tokenizer, side_by_side: bo
     player = rollout(tokenizer, Pool(lambda i: Countdown(2)), Lossy(tokenizer), side_by_side=side_by_side)
     with pytest.raises(GenerationError, match="twice") if breaks else contextlib.nullcontext():
         play(player, draws=3)
+
+
+def test_an_episode_that_loses_its_cancellation_ends_with_its_rollout(tokenizer) -> None:
+    """The engine fails while the environment of another episode, which goes on to ask for a turn, swallows its end."""
+
+    class Breaks(Engine):
+        async def ask(self, worker: Any, requests: Sequence[GenerateRequest], finished: Callable) -> None:
+            if len(self.calls) == 2:
+                raise GenerationError("the generating process died")
+            await super().ask(worker, requests, finished)
+
+    class Deaf(Countdown):
+        async def step(self, action: str) -> Outcome:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(3600)
+            return await super().step(action)
+
+    pool = Pool(lambda i: Deaf(3) if i else Countdown(3))
+    with pytest.raises(GenerationError, match="process died"):
+        play(rollout(tokenizer, pool, Breaks(tokenizer), side_by_side=True), draws=2)
+    assert pool.open == 0
+
+
+def test_a_turn_that_nobody_waits_for_any_more_hides_no_error(tokenizer) -> None:
+    """An environment is misconfigured; the other episode's turn arrives when that one has ended."""
+
+    class Misconfigured(Countdown):
+        async def step(self, action: str) -> Outcome:
+            await at_the_engine.wait()
+            raise ConfigError("custom_envs.count.env_config", "has no map")
+
+    class Late(Engine):
+        async def ask(self, worker: Any, requests: Sequence[GenerateRequest], finished: Callable) -> None:
+            try:
+                if self.calls:
+                    at_the_engine.set()
+                    await asyncio.sleep(3600)
+            finally:
+                await super().ask(worker, requests, finished)
+
+    at_the_engine = asyncio.Event()
+    pool = Pool(lambda i: Countdown(3) if i else Misconfigured(3))
+    with pytest.raises(ConfigError, match="has no map"):
+        play(rollout(tokenizer, pool, Late(tokenizer), side_by_side=True), draws=2)
+    assert pool.open == 0
 
 
 def test_one_death_of_an_engine_is_one_revival(tokenizer) -> None:
