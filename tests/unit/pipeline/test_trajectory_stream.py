@@ -105,7 +105,12 @@ def make_stream():
     streams: list[TrajectoryStream] = []
 
     def make(engines: Sequence[Engine], teachers: Teachers | None = None, **settings) -> TrajectoryStream:
-        generation = Generation(settings.pop("revive", None), settings.pop("deadline", 20.0))
+        revive = settings.pop("revive", None)
+
+        async def in_a_thread(worker) -> None:
+            await asyncio.to_thread(revive, worker)
+
+        generation = Generation(None if revive is None else in_a_thread, settings.pop("deadline", 20.0))
         contexts = settings.pop("contexts", None)
         graded = "rewards" in settings
         options = {
