@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import logging
@@ -238,10 +239,18 @@ class BasePipeline(ABC):
                     sync.sync(self.step)
                     self._ask_for_heads(name for name in self.moving if TEACHER_ROLE + name == role)
 
-    def _revive(self, worker: Any) -> None:
-        """Bring a worker of the generator back whose engine has died while it sampled."""
-        with self.clusters.turns.guest("actor_train"):
-            self.weight_syncs["actor_infer"].revive(worker)
+    async def _revive(self, worker: Any) -> None:
+        """Bring a worker back whose engine has died while it sampled, with the weights that it had."""
+
+        def send_again() -> None:
+            with self.clusters.turns.guest("actor_train"):
+                self.weight_syncs["actor_infer"].revive(worker)
+
+        if worker in self.clusters.infer.workers:
+            await asyncio.to_thread(send_again)
+        else:
+            # A teacher that answers held-out prompts (validation.teacher_accuracy): its weights are its own.
+            await self.clusters.teacher_pool.replace_engine(worker)
 
     def _score_again(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         """Have the teachers score once more, in the middle of the trainer's turn."""

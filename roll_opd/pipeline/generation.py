@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from ray.exceptions import RayActorError, RayTaskError
@@ -21,16 +22,16 @@ class Generation:
     """The engines' side of a rollout.
 
     Args:
-        revive: brings a worker back whose engine has died, with current weights; may block. None: a death is the end.
+        revive: brings a worker back whose engine has died, with the weights that it had. None: a death is the end.
         deadline: seconds without any response after which the run stops.
     """
 
-    def __init__(self, revive: Callable[[Any], None] | None = None, deadline: float = 3600.0) -> None:
+    def __init__(self, revive: Callable[[Any], Awaitable[None]] | None = None, deadline: float = 3600.0) -> None:
         self.revive = revive
         self.deadline = deadline
-        # By worker: how many engines it has lost, and who may bring it back.
-        self._lost: dict[int, int] = {}
-        self._reviving: dict[int, asyncio.Lock] = {}
+        # By worker: how many engines it has lost, and the lock of whoever brings it back.
+        self._lost: defaultdict[int, int] = defaultdict(int)
+        self._reviving: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def ask(
         self, worker: Any, requests: Sequence[GenerateRequest], finished: Callable[[GenerateResult], None]
@@ -42,7 +43,9 @@ class Generation:
         """
         left = {request.id: request for request in requests}
         while left:
-            lost = self._lost.get(id(worker), 0)
+            # An engine that is being replaced can answer nobody: there is none for a while, then one without weights.
+            async with self._reviving[id(worker)]:
+                lost = self._lost[id(worker)]
             try:
                 await self._ask_once(worker, list(left.values()), finished, left)
                 return
@@ -52,12 +55,12 @@ class Generation:
                 logger.warning("%s; %d responses will be asked for again", error, len(left))
                 await self._bring_back(worker, lost, self.revive)
 
-    async def _bring_back(self, worker: Any, lost: int, revive: Callable[[Any], None]) -> None:
+    async def _bring_back(self, worker: Any, lost: int, revive: Callable[[Any], Awaitable[None]]) -> None:
         """Replace the engine of ``worker``, once, however many calls it took along; it had lost ``lost`` before."""
-        async with self._reviving.setdefault(id(worker), asyncio.Lock()):
-            if self._lost.get(id(worker), 0) == lost:
-                await asyncio.to_thread(revive, worker)
-                self._lost[id(worker)] = lost + 1
+        async with self._reviving[id(worker)]:
+            if self._lost[id(worker)] == lost:
+                await revive(worker)
+                self._lost[id(worker)] += 1
 
     async def _ask_once(
         self,
@@ -71,7 +74,9 @@ class Generation:
             stream = worker.generate.options(num_returns="streaming").remote(requests)
             while True:
                 try:
-                    ref = await asyncio.wait_for(anext(stream), self.deadline)
+                    # Not wait_for, which loses a cancellation that comes together with the answer (Python 3.11).
+                    async with asyncio.timeout(self.deadline):
+                        ref = await anext(stream)
                 except StopAsyncIteration:
                     return
                 for result in await ref:

@@ -67,8 +67,10 @@ class RewardPool:
         for i, item in enumerate(items):
             if (name := self.route(item.tag)) is not None:
                 by_reward.setdefault(name, []).append(i)
-        for name, mine in by_reward.items():
-            for i, result in zip(mine, await self._grade_by(name, [items[i] for i in mine]), strict=True):
+        # Side by side: none waits for another's answer or deadline.
+        graded = await asyncio.gather(*(self._grade_by(n, [items[i] for i in mine]) for n, mine in by_reward.items()))
+        for mine, results in zip(by_reward.values(), graded, strict=True):
+            for i, result in zip(mine, results, strict=True):
                 out[i] = result
                 self.failures += result is None or result.error is not None
         return out

@@ -44,8 +44,12 @@ class Load:
         if self.engine == died:
             self.engine += 1
             self.starting = asyncio.ensure_future(_restart(self.replica))
-        assert self.starting is not None
-        await asyncio.shield(self.starting)
+        await self.started()
+
+    async def started(self) -> None:
+        """Wait for an engine that is on its way."""
+        if self.starting is not None:
+            await asyncio.shield(self.starting)
 
 
 @dataclass
@@ -86,6 +90,8 @@ class TeacherPool:
             name: Teacher(name, config, [Load(r) for r in replicas], wants.get(name, SAMPLED_ONLY))
             for name, (config, replicas) in teachers.items()
         }
+        # Requests past their deadline that are still being worked on.
+        self._late: set[asyncio.Future[list[ScoreResult]]] = set()
 
     def route(self, tag: str) -> list[str]:
         """Return the names of the teachers that cover ``tag``."""
@@ -143,11 +149,12 @@ class TeacherPool:
             load = teacher.replicas[index]
             tried.add(index)
             load.tokens += tokens
-            engine = load.engine
             try:
+                await load.started()
+                engine = load.engine
                 async with self._cores.busy(load.replica.workers):
                     answers, details = _ask(load.replica, requests, want)
-                    results = await asyncio.wait_for(_results(load.replica, answers), teacher.config.request_timeout)
+                    results = await self._in_time(load, answers, tokens, teacher.config.request_timeout)
                 triples = zip(trajectories, requests, results, strict=True)
                 scores = [accept(t, q, r) for t, q, r in triples]
                 return [replace(s, details=d) for s, d in zip(scores, details, strict=True)]
@@ -155,7 +162,7 @@ class TeacherPool:
                 cause = user_error(error) if isinstance(error, RayTaskError) else None
                 if isinstance(cause, EngineDiedError):
                     self._failed(teacher, index, str(cause))
-                    await load.replace_engine(engine)
+                    await self._replace_engine(teacher, load, engine)
                     continue
                 if isinstance(cause, RollOPDError):
                     raise cause from error
@@ -164,8 +171,6 @@ class TeacherPool:
                 reason = error.cause if isinstance(error, RayTaskError) else str(error).strip().splitlines()[0]
                 self._failed(teacher, index, f"{type(error).__name__}: {reason}")
             except TimeoutError:
-                # The request is still being worked on: its load stays counted, so that others go elsewhere first.
-                load.tokens += tokens
                 self._failed(teacher, index, f"no answer within {teacher.config.request_timeout:.0f} s")
             except ValueError as error:
                 self._failed(teacher, index, f"unusable scores: {error}")
@@ -175,6 +180,58 @@ class TeacherPool:
         raise TeacherError(
             f"teacher {teacher.name!r}: {attempts} attempts at one request failed; last: {teacher.last_failure}"
         )
+
+    async def _in_time(self, load: Load, answers: list[Any], tokens: int, seconds: float) -> list[ScoreResult]:
+        """Wait for the answers to a request of ``tokens`` tokens.
+
+        Raises:
+            TimeoutError: it takes longer than ``seconds``. It is still being worked on, and counts as load until that
+                is over, so that others go elsewhere first.
+        """
+        call = asyncio.ensure_future(_results(load.replica, answers))
+        try:
+            in_time, _ = await asyncio.wait([call], timeout=seconds)
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
+        if in_time:
+            return call.result()
+
+        def over(call: asyncio.Future[list[ScoreResult]]) -> None:
+            load.tokens -= tokens
+            self._late.discard(call)
+            if not call.cancelled():
+                call.exception()  # seen: nobody asks for it any more
+
+        load.tokens += tokens
+        self._late.add(call)
+        call.add_done_callback(over)
+        raise TimeoutError
+
+    async def replace_engine(self, worker: Any) -> None:
+        """Have the engine of a teacher's ``worker`` replaced that died while it sampled; that counts as a failure.
+
+        Raises:
+            TeacherError: the teacher's failure budget is spent, or a new engine would not have its weights.
+        """
+        for teacher in self.teachers.values():
+            for index, load in enumerate(teacher.replicas):
+                if worker in load.replica.workers:
+                    self._failed(teacher, index, "its engine died while it sampled")
+                    if load.starting is not None and not load.starting.done():
+                        # What it was scoring at the time has been quicker to notice.
+                        await load.started()
+                    else:
+                        await self._replace_engine(teacher, load, load.engine)
+
+    async def _replace_engine(self, teacher: Teacher, load: Load, died: int) -> None:
+        if teacher.config.teacher_args.self_teacher == "live":
+            raise TeacherError(
+                f"teacher {teacher.name!r}: its engine died, and a new one would not have the student's weights, which "
+                f"it follows (teacher_args.self_teacher: live); resume from the last checkpoint, or use hf_infer; last "
+                f"failure: {teacher.last_failure}"
+            )
+        await load.replace_engine(died)
 
     def _pick(self, teacher: Teacher, tried: set[int]) -> int:
         alive = [i for i, r in enumerate(teacher.replicas) if not r.dead]

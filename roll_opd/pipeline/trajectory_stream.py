@@ -81,7 +81,7 @@ class Batch:
 
     Attributes:
         seconds: wall time from the first request to the last score; ``generate`` is the part until the last response.
-        grading: verdicts that may still be on their way, one task a block.
+        grading: verdicts that may still be on their way, one task for each block and reward.
         next_draw: the draw that the following batch begins with.
         filtered_groups: groups that a filter dropped while this batch was filled.
         failed_groups: groups that were replaced because one of their samples failed.
@@ -365,8 +365,7 @@ class TrajectoryStream:
                 except RuntimeError:  # the group has failed already and takes no more work
                     scores.close()
                     raise
-                if any(s.item is not None for s in usable):
-                    grading.append(asyncio.ensure_future(self._grade_block(usable)))
+                grading.extend(asyncio.ensure_future(self._grade(part)) for part in self._by_reward(usable))
 
         async def sample() -> None:
             async with self.cores.busy(job.engines.workers):
@@ -415,7 +414,15 @@ class TrajectoryStream:
         if self.turns.sharing:
             await asyncio.to_thread(self.turns.take, *roles)
 
-    async def _grade_block(self, samples: Sequence[Sample]) -> dict[TrajectoryId, RewardResult]:
+    def _by_reward(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        """The samples that a reward grades, one list for each: a slow one's verdicts hold up no others."""
+        parts: dict[str, list[Sample]] = {}
+        for sample in samples:
+            if sample.item is not None and (name := self.rewards.route(sample.item.tag)) is not None:
+                parts.setdefault(name, []).append(sample)
+        return list(parts.values())
+
+    async def _grade(self, samples: Sequence[Sample]) -> dict[TrajectoryId, RewardResult]:
         """Verdicts by trajectory; an episode's goes to each of its segments."""
         graded = [(s.trajectories, s.item) for s in samples if s.item is not None]
         results = await self.rewards.grade([item for _, item in graded])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -95,3 +96,53 @@ def test_killed_while_sampling_and_while_taking_weights(
     steps = finished.metrics
     assert [m["staleness/max"] for m in steps[:3]] == [0] * 3
     assert max(m["mismatch/abs_logprob_diff_max"] for m in steps[:3]) <= 1e-3
+
+
+def test_killed_while_episodes_are_in_their_environments(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each turn is a call of its own: those that come while the engine is replaced wait for it."""
+    from roll_opd.distributed.weight_sync import WeightSync
+    from roll_opd.environments.base import Outcome
+    from roll_opd.pipeline.agentic.env_pool import Session
+
+    others = {child.pid for child in psutil.Process().children(recursive=True)}
+    missed: list[float] = []
+    came: list[int] = []
+    steps = 0
+
+    async def slow(self: Session, action: str) -> Outcome:
+        """Of the first 64 steps every other one ends while there is no engine, four of them a second."""
+        nonlocal steps
+        steps += 1
+        number, outcome = steps, await step(self, action)
+        if number == 64:
+            os.kill(engine_core(others).pid, signal.SIGKILL)
+        elif number < 64 and number % 2:
+            while not missed:
+                await asyncio.sleep(0.1)
+            await asyncio.sleep(number / 8)
+            came.append(len(missed))
+        return outcome
+
+    def replace(self: WeightSync, worker: Any) -> None:
+        missed.append(time.monotonic())
+        revive(self, worker)
+        missed.append(time.monotonic())
+
+    step, revive = Session.step, WeightSync.revive
+    monkeypatch.setattr(Session, "step", slow)
+    monkeypatch.setattr(WeightSync, "revive", replace)
+    finished = run(
+        tmp_path / "run",
+        example=Path(__file__).parents[2] / "examples" / "quickstart_agentic",
+        max_steps=1,
+        eval_steps=0,
+        preflight="static",
+        **{
+            "student_infer.strategy_args.strategy_name": "vllm",
+            "+student_infer.strategy_args.strategy_config.enforce_eager": True,
+        },
+    )
+    (metrics,) = finished.metrics
+    assert len(missed) == 2 and came.count(1) >= 8
+    assert metrics["episode/num_episodes"] == 128 and metrics["rollout/failed_groups"] == 0
+    assert metrics["mismatch/abs_logprob_diff_max"] <= 1e-3

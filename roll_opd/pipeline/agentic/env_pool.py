@@ -319,7 +319,9 @@ class EnvPool:
             if worker.ended is not None:
                 raise self._lost(worker, tag)
             try:
-                return await asyncio.wait_for(_resolve(getattr(worker.handle, method).remote(*args)), seconds)
+                # Not wait_for, which loses a cancellation that comes together with the answer (Python 3.11).
+                async with asyncio.timeout(seconds):
+                    return await getattr(worker.handle, method).remote(*args)
             except TimeoutError:
                 took = f"took longer than {setting} ({seconds:g} s)"
                 self._end(worker, f"its process {worker.name} was ended because environment {tag!r} {took}")

@@ -53,7 +53,14 @@ class TurnQueue:
         self._came = asyncio.Event()
 
     async def ask(self, request: GenerateRequest) -> GenerateResult:
-        """Wait for the answer to one turn; an id may be asked for again once it was answered."""
+        """Wait for the answer to one turn; an id may be asked for again once it was answered.
+
+        Raises:
+            asyncio.CancelledError: nobody answers any more.
+        """
+        if self._closed:
+            # Its rollout has ended, and whoever asks has lost the cancellation that told it so.
+            raise asyncio.CancelledError
         assert request.id not in self._answers, f"turn {request.id} is asked for twice"
         answer = self._answers[request.id] = asyncio.get_running_loop().create_future()
         self._waiting[request.id] = request
@@ -77,32 +84,40 @@ class TurnQueue:
     def close(self) -> None:
         """End :meth:`run` once nothing waits.
 
-        A cancellation alone might be lost: ``asyncio.wait_for`` of Python 3.11 drops one that comes together with the
-        answer which it waits for, as the end of a stream of results may.
+        A cancellation alone might be lost: ``asyncio.wait_for`` of Python 3.11, which others' code may use, drops one
+        that comes together with the answer which it waits for, as the end of a stream of results may.
         """
         self._closed = True
         self._came.set()
 
     async def run(self) -> None:
-        """Hand turns to the engine until :meth:`close`.
+        """Hand turns to the engine until :meth:`close`; whoever still asks when this ends is cancelled.
 
         Raises:
             GenerationError: the engine is at fault.
         """
+        try:
+            async with asyncio.TaskGroup() as calls:
+                await self._serve(calls)
+        finally:
+            self._closed = True
+            for answer in self._answers.values():
+                answer.cancel()
+
+    async def _serve(self, calls: asyncio.TaskGroup) -> None:
         seconds = 0.0
-        async with asyncio.TaskGroup() as calls:
-            while True:
-                await self._arrival()
-                if self._closed:
-                    return
-                if self.side_by_side:
-                    calls.create_task(self._call(self._take()))
-                    continue
-                await self._gather(min(max(seconds / 2, SHORTEST_WAIT), LONGEST_WAIT))
-                if requests := self._take():
-                    began = time.perf_counter()
-                    await self._call(requests)
-                    seconds = time.perf_counter() - began
+        while True:
+            await self._arrival()
+            if self._closed:
+                return
+            if self.side_by_side:
+                calls.create_task(self._call(self._take()))
+                continue
+            await self._gather(min(max(seconds / 2, SHORTEST_WAIT), LONGEST_WAIT))
+            if requests := self._take():
+                began = time.perf_counter()
+                await self._call(requests)
+                seconds = time.perf_counter() - began
 
     async def _arrival(self) -> None:
         while not self._waiting and not self._closed:
@@ -115,7 +130,8 @@ class TurnQueue:
         while len(self._waiting) < self.episodes and (left := deadline - time.perf_counter()) > 0:
             self._came.clear()
             try:
-                await asyncio.wait_for(self._came.wait(), left)
+                async with asyncio.timeout(left):
+                    await self._came.wait()
             except TimeoutError:
                 return
 
@@ -127,11 +143,12 @@ class TurnQueue:
         left = {request.id for request in requests}
 
         def finished(result: GenerateResult) -> None:
-            answer = self._answers.get(result.id)
-            if result.id not in left or answer is None:
+            if result.id not in left:
                 raise GenerationError(f"an engine returned turn {result.id} twice, or without being asked")
             left.remove(result.id)
-            if not answer.done():
+            answer = self._answers.get(result.id)
+            # An episode that ends with its rollout does not wait for its turn any more.
+            if answer is not None and not answer.done():
                 answer.set_result(result)
 
         await self.generation.ask(self.worker, requests, finished)

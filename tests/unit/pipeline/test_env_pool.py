@@ -6,6 +6,7 @@ import asyncio
 import copy
 import threading
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -465,6 +466,27 @@ def test_an_episode_that_is_given_up_keeps_its_slot_until_the_environment_is_fre
         free.set()
         await settle()
         assert held.order == [0, 1] and not processes.killed
+
+    asyncio.run(run())
+
+
+def test_a_cancellation_that_comes_with_an_answer_is_not_lost(fakes) -> None:
+    async def run() -> None:
+        processes = Processes(fakes)
+        pool = pool_of(processes)
+        answer = asyncio.get_running_loop().create_future()
+
+        async def episode() -> None:
+            async with pool.episode("t", 0) as session:
+                processes.started[0].step = SimpleNamespace(remote=lambda *_: answer)
+                await session.step("go")
+
+        task = asyncio.create_task(episode())
+        await settle()
+        answer.set_result(Outcome("there", 1.0, False, False))
+        task.cancel()
+        await settle()
+        assert task.cancelled()
 
     asyncio.run(run())
 

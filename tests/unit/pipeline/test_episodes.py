@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from roll_opd.configs.environment_config import EnvironmentConfig
 from roll_opd.distributed.strategy.base import GenerateRequest, GenerateResult, Sampling
 from roll_opd.environments.base import Opening, Outcome
-from roll_opd.errors import DataError, EngineDiedError, GenerationError
+from roll_opd.errors import ConfigError, DataError, EngineDiedError, GenerationError
 from roll_opd.pipeline.agentic import turn_queue
 from roll_opd.pipeline.agentic.env_pool import EpisodeLostError
 from roll_opd.pipeline.agentic.episodes import EnvTask, EpisodeRollout, PrivilegedView
@@ -338,48 +338,118 @@ def test_a_rollout_ends_where_a_cancellation_is_lost(tokenizer, side_by_side: bo
         play(player, draws=3)
 
 
+def test_an_episode_that_loses_its_cancellation_ends_with_its_rollout(tokenizer) -> None:
+    """The engine fails while the environment of another episode, which goes on to ask for a turn, swallows its end."""
+
+    class Breaks(Engine):
+        async def ask(self, worker: Any, requests: Sequence[GenerateRequest], finished: Callable) -> None:
+            if len(self.calls) == 2:
+                raise GenerationError("the generating process died")
+            await super().ask(worker, requests, finished)
+
+    class Deaf(Countdown):
+        async def step(self, action: str) -> Outcome:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(3600)
+            return await super().step(action)
+
+    pool = Pool(lambda i: Deaf(3) if i else Countdown(3))
+    with pytest.raises(GenerationError, match="process died"):
+        play(rollout(tokenizer, pool, Breaks(tokenizer), side_by_side=True), draws=2)
+    assert pool.open == 0
+
+
+def test_a_turn_that_nobody_waits_for_any_more_hides_no_error(tokenizer) -> None:
+    """An environment is misconfigured; the other episode's turn arrives when that one has ended."""
+
+    class Misconfigured(Countdown):
+        async def step(self, action: str) -> Outcome:
+            await at_the_engine.wait()
+            raise ConfigError("custom_envs.count.env_config", "has no map")
+
+    class Late(Engine):
+        async def ask(self, worker: Any, requests: Sequence[GenerateRequest], finished: Callable) -> None:
+            try:
+                if self.calls:
+                    at_the_engine.set()
+                    await asyncio.sleep(3600)
+            finally:
+                await super().ask(worker, requests, finished)
+
+    at_the_engine = asyncio.Event()
+    pool = Pool(lambda i: Countdown(3) if i else Misconfigured(3))
+    with pytest.raises(ConfigError, match="has no map"):
+        play(rollout(tokenizer, pool, Late(tokenizer), side_by_side=True), draws=2)
+    assert pool.open == 0
+
+
 def test_one_death_of_an_engine_is_one_revival(tokenizer) -> None:
-    """Turns are calls of their own at an engine that takes many at once: all of them lose it, one brings it back."""
-    revived: list[float] = []
+    """Turns are calls of their own at an engine that takes many at once: all of them lose it, one brings it back.
+
+    Three of eight episodes lose their second turn. The others ask for theirs while there is no engine, and wait.
+    """
 
     class Mortal:
-        """``worker.generate.options(...).remote(requests)``: dies once, when six calls are under way."""
+        """``worker.generate.options(...).remote(requests)``: the first engine dies once it has three second turns."""
 
         def __init__(self) -> None:
-            self.alive, self.calls = True, 0
+            self.engine: int | None = 1
+            self.asked = self.held = 0
+            self.dead, self.gone = asyncio.Event(), asyncio.Event()
             self.generate = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self.remote))
 
         async def remote(self, requests):
-            self.calls += 1
-            if self.calls == 6:
-                self.alive = False
-            await asyncio.sleep(0.01 * self.calls)
-            if not self.alive:
+            self.asked += len(requests)
+            if self.engine is None:
+                raise AttributeError("'NoneType' object has no attribute 'model_config'")
+            if self.engine == 1 and self.asked > 8:
+                self.held += 1
+                if self.held == 3:
+                    self.dead.set()
+                await self.dead.wait()
                 raise EngineDiedError("student_infer: the engine died")
             for request in requests:
                 yield asyncio.sleep(0, [Engine(tokenizer).answer(request)])
 
-    worker = Mortal()
+    class Paced(Countdown):
+        """The first steps of three episodes end one after the other, those of the rest while there is no engine."""
 
-    def revive(dead) -> None:
+        async def step(self, action: str) -> Outcome:
+            number = environments.index(self)
+            while number < 3 and worker.held < number:
+                await asyncio.sleep(0.001)
+            if number >= 3:
+                await worker.gone.wait()
+            return await super().step(action)
+
+    def make(_: int) -> Paced:
+        environments.append(Paced(2))
+        return environments[-1]
+
+    def steps() -> int:
+        return sum(2 - environment.left for environment in environments)
+
+    async def revive(dead) -> None:
         assert dead is worker
-        revived.append(time.perf_counter())
-        time.sleep(0.2)
-        worker.alive = True
+        revived.append(steps())
+        worker.engine = None
+        worker.gone.set()
+        while steps() < 8:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        worker.engine = 2
 
-    generation = Generation(revive, 20.0)
-    player = rollout(
-        tokenizer,
-        Pool(lambda i: Countdown(2, seconds=0.01 * i)),
-        generation,
-        side_by_side=True,  # type: ignore[arg-type]
-    )
+    worker = Mortal()
+    environments: list[Paced] = []
+    revived: list[int] = []
+    player = rollout(tokenizer, Pool(make), Generation(revive, 20.0), side_by_side=True)  # type: ignore[arg-type]
     samples: list[Sample] = []
     draws = [Draw(i, EnvTask("count", i)) for i in range(8)]
-    asyncio.run(
-        player.run(RolloutJob(draws, 1, SAMPLING, 5, "train", Engines("actor_infer", [worker])), samples.append)
-    )
-    assert len(revived) == 1 and len(samples) == 8 and all(len(s.trajectories[0].turns) == 2 for s in samples)
+    job = RolloutJob(draws, 1, SAMPLING, 5, "train", Engines("actor_infer", [worker]))
+    asyncio.run(player.run(job, samples.append))
+    assert revived == [3] and len(samples) == 8 and all(len(s.trajectories[0].turns) == 2 for s in samples)
+    # Sixteen turns, three of them asked for twice.
+    assert worker.asked == 16 + 3
 
 
 def test_success_that_nobody_tells_is_unknown(tokenizer) -> None:

@@ -195,6 +195,26 @@ def test_a_reward_that_hangs_is_not_waited_for_for_ever(fakes, monkeypatch, capl
     assert [w.pending for w in pool.rewards["math"][1]] == [0]
 
 
+def test_a_reward_that_hangs_holds_up_no_other(fakes) -> None:
+    async def run() -> None:
+        gate = asyncio.Event()
+
+        async def slow(batch):
+            await gate.wait()
+            return [RewardResult(i.id, 5.0, True) for i in batch]
+
+        quick = Grader(fakes)
+        pool = RewardPool({"slow": (RewardConfig(tag_included=["slow"]), [SimpleNamespace(grade=fakes.Method(slow))]),
+                           "quick": (RewardConfig(), [quick])})  # fmt: skip
+        grading = asyncio.ensure_future(pool.grade(items("slow", "m", "slow")))
+        await asyncio.sleep(0.01)
+        assert quick.calls == [["1"]]
+        gate.set()
+        assert [r.reward for r in await grading] == [5, 1, 5] and pool.failures == 0
+
+    asyncio.run(run())
+
+
 def test_the_worker_with_the_shortest_queue_is_asked(fakes) -> None:
     """Blocks of 8, 1, 1 and 1: the first worker is busy with 8 while the second one gets the three others."""
 

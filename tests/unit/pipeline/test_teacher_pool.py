@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from roll_opd.configs.worker_config import TeacherConfig
+from roll_opd.configs.worker_config import TeacherArguments, TeacherConfig
 from roll_opd.distributed.cluster import Replica
 from roll_opd.distributed.layout import Layout
 from roll_opd.distributed.strategy.base import ScoreWant
@@ -333,12 +333,49 @@ def test_an_error_meant_for_the_user_is_not_retried(fakes) -> None:
     assert len(worker.calls) == 1
 
 
-def test_load_is_given_back_after_failures_unless_the_work_goes_on(fakes) -> None:
-    workers = [fakes.ScoringWorker(task_error(RuntimeError("x"))), fakes.ScoringWorker(hang)]
-    pool = pool_of(*workers, request_timeout=0.05, max_retries=1)
-    with pytest.raises(TeacherError):
-        score(pool, [fakes.trajectory(1)])
-    assert [r.tokens for r in pool.teachers["default"].replicas] == [0, 5]
+@pytest.mark.parametrize("late", ["scores", "error", "death"])
+def test_load_is_given_back_after_failures_unless_the_work_goes_on(fakes, late) -> None:
+    """Then it is once the work is over, however it ends."""
+    unexpected: list[dict] = []
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: unexpected.append(context))
+        over = asyncio.Event()
+
+        async def slowly(requests):
+            await over.wait()
+            if late != "scores":
+                raise task_error(RuntimeError("x")) if late == "error" else RayActorError()
+            return fakes.good_scores(requests)
+
+        workers = [fakes.ScoringWorker(task_error(RuntimeError("x"))), fakes.ScoringWorker(slowly)]
+        pool = pool_of(*workers, request_timeout=0.05, max_retries=1)
+        loads = pool.teachers["default"].replicas
+        with pytest.raises(TeacherError):
+            await pool.score([fakes.trajectory(1)])
+        assert [r.tokens for r in loads] == [0, 5]
+        over.set()
+        await asyncio.sleep(0.01)
+        assert [r.tokens for r in loads] == [0, 0]
+
+    asyncio.run(run())
+    assert not unexpected
+
+
+def test_a_request_that_is_given_up_costs_no_load_and_is_not_waited_for(fakes) -> None:
+    """The rollout has failed elsewhere."""
+
+    async def run() -> None:
+        pool = pool_of(fakes.ScoringWorker(hang))
+        scoring = asyncio.ensure_future(pool.score([fakes.trajectory(1)]))
+        await asyncio.sleep(0.01)
+        assert [r.tokens for r in pool.teachers["default"].replicas] == [5]
+        scoring.cancel()
+        await asyncio.sleep(0.01)
+        assert scoring.cancelled() and [r.tokens for r in pool.teachers["default"].replicas] == [0]
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(run())
 
 
 def test_a_lost_answer_is_asked_for_again(fakes) -> None:
@@ -392,6 +429,101 @@ def test_a_dead_engine_is_replaced_once_whatever_it_took_along(fakes) -> None:
     worker.alive = False
     check_scores(score(pool, blocks[0]), blocks[0])
     assert worker.restarts == 2
+
+
+class Mortal:
+    """A replica whose engine is dead. While another one is started, which lasts until ``go``, there is none."""
+
+    def __init__(self, fakes) -> None:
+        self.fakes = fakes
+        self.engine: str | None = "dead"
+        self.asked = self.restarts = 0
+        self.starts, self.go = asyncio.Event(), asyncio.Event()
+        self.score, self.restart = fakes.Method(self._score), fakes.Method(self._restart)
+
+    async def _score(self, requests):
+        self.asked += 1
+        if self.engine is None:
+            raise task_error(AttributeError("'NoneType' object has no attribute 'model_config'"))
+        if self.engine == "dead":
+            raise task_error(EngineDiedError("the engine is gone"))
+        return self.fakes.good_scores(requests)
+
+    async def _restart(self):
+        self.engine, self.restarts = None, self.restarts + 1
+        self.starts.set()
+        await self.go.wait()
+        self.engine = "alive"
+
+
+def test_a_block_that_comes_while_an_engine_is_replaced_waits_for_it(fakes) -> None:
+    blocks = [[fakes.trajectory(i)] for i in range(4)]
+
+    async def run() -> None:
+        worker = Mortal(fakes)
+        pool = pool_of(worker)
+        scoring = [asyncio.ensure_future(pool.score(blocks[0]))]
+        while not pool.failures:
+            await asyncio.sleep(0)
+        # Before the worker is told, and after.
+        scoring.append(asyncio.ensure_future(pool.score(blocks[1])))
+        await worker.starts.wait()
+        scoring += [asyncio.ensure_future(pool.score(block)) for block in blocks[2:]]
+        await asyncio.sleep(0.01)
+        scoring[2].cancel()
+        await asyncio.sleep(0.01)
+        assert worker.asked == 1 and [r.tokens for r in pool.teachers["default"].replicas] == [15]
+        worker.go.set()
+        outs = await asyncio.gather(*scoring, return_exceptions=True)
+        assert isinstance(outs.pop(2), asyncio.CancelledError)
+        for out, block in zip(outs, [*blocks[:2], blocks[3]], strict=True):
+            check_scores(out, block)
+        assert (worker.restarts, worker.asked, pool.failures) == (1, 4, 1)
+        assert [r.tokens for r in pool.teachers["default"].replicas] == [0]
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_an_engine_that_died_while_it_sampled_is_replaced(fakes) -> None:
+    """Once, also where it was scoring at the time, and no more often than the budget allows."""
+
+    async def run() -> None:
+        worker, other = Mortal(fakes), fakes.ScoringWorker()
+        pool = TeacherPool(
+            {
+                "a": (TeacherConfig(), alone(other)),
+                "b": (TeacherConfig(tag_included=["math"], failure_budget=3), alone(fakes.ScoringWorker(), worker)),
+            }
+        )
+        replacing = asyncio.ensure_future(pool.replace_engine(worker))
+        await worker.starts.wait()
+        again = asyncio.ensure_future(pool.replace_engine(worker))
+        await asyncio.sleep(0.01)
+        assert not replacing.done() and not again.done()
+        worker.go.set()
+        await asyncio.gather(replacing, again)
+        assert worker.restarts == 1 and pool.teachers["b"].failures == 2
+        await pool.replace_engine(worker)
+        assert worker.restarts == 2
+        with pytest.raises(TeacherError, match=r"'b' failed 4 times.*failure_budget of 3.*replica 1: its engine died"):
+            await pool.replace_engine(worker)
+        assert worker.restarts == 2 and pool.teachers["a"].failures == 0
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_an_engine_that_follows_the_student_cannot_be_replaced(fakes) -> None:
+    """A new one would hold the checkpoint's weights; the error names the teacher."""
+
+    async def run() -> None:
+        worker = Mortal(fakes)
+        pool = pool_of(worker, teacher_args=TeacherArguments(self_teacher="live"))
+        for call in (pool.score([fakes.trajectory(1)]), pool.replace_engine(worker)):
+            with pytest.raises(TeacherError, match=r"'default': its engine died.*self_teacher: live.*resume"):
+                await call
+        assert worker.restarts == 0
+
+    asyncio.run(run())
 
 
 def test_a_replica_is_dead_when_any_of_its_ranks_is(fakes) -> None:

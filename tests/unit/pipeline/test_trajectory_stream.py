@@ -105,7 +105,12 @@ def make_stream():
     streams: list[TrajectoryStream] = []
 
     def make(engines: Sequence[Engine], teachers: Teachers | None = None, **settings) -> TrajectoryStream:
-        generation = Generation(settings.pop("revive", None), settings.pop("deadline", 20.0))
+        revive = settings.pop("revive", None)
+
+        async def in_a_thread(worker) -> None:
+            await asyncio.to_thread(revive, worker)
+
+        generation = Generation(None if revive is None else in_a_thread, settings.pop("deadline", 20.0))
         contexts = settings.pop("contexts", None)
         graded = "rewards" in settings
         options = {
@@ -271,6 +276,28 @@ def test_a_reward_that_hangs_delays_nothing(make_stream, fakes) -> None:
     graded = stream.verdicts(batch, patience=0.05)
     assert time.monotonic() - began < 5
     assert len(graded) == 10 and all(t.reward is None and t.teacher_scores for t in graded)
+
+
+def test_a_reward_that_hangs_costs_no_verdict_of_another(make_stream, fakes) -> None:
+    """Draws of two tags in turn, two to a block."""
+
+    async def never(items):
+        await asyncio.sleep(3600)
+
+    def quick(items):
+        return [RewardResult(i.id, 1.0, True) for i in items]
+
+    rewards = RewardPool(
+        {
+            "code": (RewardConfig(tag_included=["code"]), [SimpleNamespace(grade=fakes.Method(never))]),
+            "rest": (RewardConfig(), [SimpleNamespace(grade=fakes.Method(quick))]),
+        }
+    )
+    stream = make_stream([Engine()], Teachers(4), rewards=rewards)
+    start(stream, 0, 1, lambda draw: prompt(draw, ("code", "math")[draw % 2]))
+    stream.weights_ready(0)
+    graded = stream.verdicts(stream.collect(), patience=0.5)
+    assert [t.reward for t in graded] == [None, None, 1, 1, None, None, 1, 1, None, None]
 
 
 # ---- groups that a filter drops ----------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +17,11 @@ from roll_opd.configs import ModelArguments, StrategyArguments, WorkerConfig
 from roll_opd.configs.backends.vllm import VLLMSettings
 from roll_opd.distributed.strategy.base import GenerateRequest, Sampling
 from roll_opd.distributed.strategy.tokenizer import Vocabulary
-from roll_opd.distributed.strategy.vllm.engine import engine_arguments, set_environment
-from roll_opd.distributed.strategy.vllm.strategy import _max_model_len, _Response
+from roll_opd.distributed.strategy.vllm.engine import Engine, engine_arguments, set_environment
+from roll_opd.distributed.strategy.vllm.strategy import VLLMStrategy, _max_model_len, _Response
 from roll_opd.distributed.strategy.vllm.truncation import NUCLEUS, kept_mass, ranks_needed
 from roll_opd.distributed.strategy.weight_transfer import TransferEnd, WeightBucket, in_shared_memory, pack
-from roll_opd.errors import ConfigError, GenerationError
+from roll_opd.errors import ConfigError, EngineDiedError, GenerationError
 from roll_opd.trajectory import TrajectoryId
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -252,3 +254,42 @@ def test_room_ends_where_the_models_positions_do(tmp_path, longest: int, given: 
     assert _max_model_len(WorkerConfig(model_args=model), longest) == room
     nowhere = ModelArguments(model_name_or_path=str(tmp_path / "no"), model_config_kwargs=given)
     assert _max_model_len(WorkerConfig(model_args=nowhere), longest) == longest
+
+
+# ---- an engine that is replaced --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fact", ["vocab_size", "max_model_len", "dtype"])
+def test_an_engine_that_is_being_replaced_is_a_dead_one(fact: str) -> None:
+    engine = object.__new__(Engine)
+    engine.role, engine.llm = "student_infer", None
+    with pytest.raises(EngineDiedError, match="student_infer: the vLLM engine died, and another one is being started"):
+        getattr(engine, fact)
+
+
+def test_whoever_asks_a_new_engine_before_its_weights_came_may_ask_again() -> None:
+    """Where no engine died, that it has no weights is an error; one that loads its own serves."""
+
+    def admitted(*, replaced: bool, updated: bool, load_format: str = "auto") -> BaseException | None:
+        strategy = object.__new__(VLLMStrategy)
+        strategy.role, strategy.settings = "student_infer", VLLMSettings(load_format=load_format)  # type: ignore[arg-type]
+        strategy.vocabulary = Vocabulary(8, (2,), str)
+        strategy._updated, strategy._stale = updated, load_format == "dummy"
+        strategy._updating = strategy._replaced = False
+        strategy._serving = asyncio.Event()
+        strategy._engine = SimpleNamespace(  # type: ignore[assignment]
+            in_loop=lambda call: call(), stop=lambda: None, start=lambda: None, vocab_size=8, residence="all"
+        )
+        if replaced:
+            strategy.restart()
+        try:
+            asyncio.run(asyncio.wait_for(strategy._admitted(), 5))
+        except GenerationError as error:
+            assert "holds no weights that could be served" in str(error)
+            return error
+        return None
+
+    assert type(admitted(replaced=True, updated=True)) is EngineDiedError
+    assert type(admitted(replaced=True, updated=False, load_format="dummy")) is EngineDiedError
+    assert type(admitted(replaced=False, updated=False, load_format="dummy")) is GenerationError
+    assert admitted(replaced=True, updated=False) is None

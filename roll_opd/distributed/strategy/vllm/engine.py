@@ -234,19 +234,31 @@ class Engine:
     # ---- what it runs ------------------------------------------------------------------------------------------------
 
     @property
+    def _model(self) -> Any:
+        """What vLLM knows of the model.
+
+        Raises:
+            EngineDiedError: there is no engine.
+        """
+        llm = self.llm  # once: another thread may be replacing it
+        if llm is None:
+            raise EngineDiedError(f"{self.role}: the vLLM engine died, and another one is being started")
+        return llm.model_config
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the model's head, padding included."""
-        return int(self.llm.model_config.get_vocab_size())
+        return int(self._model.get_vocab_size())
 
     @property
     def max_model_len(self) -> int:
         """Tokens of the longest sequence that it takes."""
-        return int(self.llm.model_config.max_model_len)
+        return int(self._model.max_model_len)
 
     @property
     def dtype(self) -> str:
         """Of the weights, as torch names it."""
-        return str(self.llm.model_config.dtype).removeprefix("torch.")
+        return str(self._model.dtype).removeprefix("torch.")
 
     # ---- in the loop -------------------------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ from roll_opd.distributed.strategy.tokenizer import Vocabulary
 from roll_opd.distributed.strategy.vllm.engine import Engine, engine_arguments, set_environment
 from roll_opd.distributed.strategy.vllm.truncation import kept_mass, ranks_needed
 from roll_opd.distributed.strategy.weight_transfer import WeightBucket, in_shared_memory
-from roll_opd.errors import GenerationError, ModelError
+from roll_opd.errors import EngineDiedError, GenerationError, ModelError
 from roll_opd.trajectory import FloatArray
 
 T = TypeVar("T")
@@ -92,6 +92,8 @@ class VLLMStrategy:
         # Weights that no update has brought yet, and that the checkpoint did not bring either.
         self._stale = settings.load_format == "dummy"
         self._updated = False
+        # The engine took the place of one that died, and no update has come since.
+        self._replaced = False
         set_environment(settings, device)
         limit = settings.max_model_len
         if limit is None and max_length is not None:
@@ -185,9 +187,14 @@ class VLLMStrategy:
         put(response.result(self.version))
 
     async def _admitted(self) -> None:
-        """Wait until requests may be sent to the engine."""
+        """Wait until requests may be sent to the engine.
+
+        Raises:
+            EngineDiedError: it was replaced and has no weights yet; who asked before that was known may ask again.
+            GenerationError: it has no weights for another reason.
+        """
         if self._stale and not self._updating:
-            raise GenerationError(
+            raise (EngineDiedError if self._replaced else GenerationError)(
                 f"{self.role}: the engine holds no weights that could be served; a weight update must bring them"
             )
         await self._serving.wait()
@@ -298,6 +305,7 @@ class VLLMStrategy:
     async def _pause(self) -> None:
         self._serving.clear()
         self._updated = self._stale = self._updating = True
+        self._replaced = False
         # The cache goes with the weights that it was computed with: requests that go on are computed anew.
         await self._engine.llm.pause_generation(mode="keep", clear_cache=True)
 
@@ -320,6 +328,7 @@ class VLLMStrategy:
         An engine that was never updated holds its checkpoint, and serves again at once.
         """
         self._engine.in_loop(self._serving.clear)
+        self._replaced = True
         self._updating = False
         self._stale = self._updated or self.settings.load_format == "dummy"
         self._engine.stop()
