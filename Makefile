@@ -23,7 +23,7 @@ help:
 	@echo "make check        ruff and mypy"
 	@echo "make test-long    slow soaks and run-to-run variation"
 	@echo "make test-trl     compare the divergences with TRL, installed into $(TRL_VENV)"
-	@echo "make bench        one step beside TRL's: speed, memory, time to a held-out KL (an idle machine, an hour and a half)"
+	@echo "make bench        one step beside TRL's: speed, memory, time to a held-out KL (an idle machine, three hours)"
 	@echo "make bench-check  ... shorter, against the stored result: what got slower or larger"
 	@echo "make bench-ceilings  what share of this machine each part of a step reaches (a quarter of an hour)"
 	@echo "make bench-gpu    a step of distillation on one GPU beside its roofline; without a GPU the roofline on paper"
