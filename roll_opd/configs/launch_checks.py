@@ -16,7 +16,7 @@ from roll_opd.configs.estimator_checks import lone_episodes
 from roll_opd.configs.loader import LoadedConfig
 from roll_opd.configs.misplaced import misplaced
 from roll_opd.configs.pipeline_config import PipelineConfig
-from roll_opd.configs.role_checks import NOT_YET_RUN, changed, role_blockers, role_unread
+from roll_opd.configs.role_checks import NOT_YET_RUN, OF_MODELS, changed, role_blockers, role_unread
 from roll_opd.configs.transports import transports
 from roll_opd.configs.worker_config import WorkerConfig
 from roll_opd.errors import ConfigError
@@ -70,26 +70,8 @@ NOT_YET_REWARD = [
 UNREAD_PIPELINE = ["val_batch_size"]
 # Environments have deadlines of their own, in their entry of custom_envs.
 UNREAD_AGENTIC = ["env_monitor"]
-# What a role that holds a model has and environments do not need; those not named here are read.
-UNREAD_ENV_MANAGER = [
-    "model_args",
-    "training_args",
-    "data_args",
-    "strategy_args",
-    "device_mapping",
-    "num_gpus_per_worker",
-    "world_size",
-    "infer_batch_size",
-    "logits_in_fp32",
-    "use_sequence_packing",
-    "sequence_packing_args",
-    "use_dynamic_batching_in_train",
-    "max_tokens_per_microbatch_in_train",
-    "use_dynamic_batching_in_infer",
-    "max_tokens_per_microbatch_in_infer",
-    "cpu_threads",
-    "backend_timeout",
-]
+# What environments do not read of a role's settings; those not named here they do.
+UNREAD_ENV_MANAGER = [*OF_MODELS, "device_mapping", "num_gpus_per_worker", "world_size"]
 UNREAD_DATA = ["preprocessing_num_workers"]
 
 

@@ -10,26 +10,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from roll_opd.configs.pipeline_config import PipelineConfig
+from roll_opd.configs.role_checks import OF_MODELS
 from roll_opd.configs.worker_config import RewardConfig, TeacherConfig, WorkerConfig
 
 # Of what every role has, a reward reads the others: it holds no model, and its processes compute in one thread.
-UNREAD_REWARD = [
-    "model_args",
-    "training_args",
-    "data_args",
-    "generating_args",
-    "strategy_args",
-    "infer_batch_size",
-    "logits_in_fp32",
-    "use_sequence_packing",
-    "sequence_packing_args",
-    "use_dynamic_batching_in_train",
-    "max_tokens_per_microbatch_in_train",
-    "use_dynamic_batching_in_infer",
-    "max_tokens_per_microbatch_in_infer",
-    "cpu_threads",
-    "backend_timeout",
-]
+UNREAD_REWARD = [*OF_MODELS, "generating_args"]
 # Of this a warning at load says that it has no effect, wherever it stands.
 TOLD_AT_LOAD = ["template"]
 # What is left of the trainer's `data_args` where environments bring the prompts: read, or named by another warning.

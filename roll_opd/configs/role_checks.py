@@ -50,6 +50,23 @@ UNREAD_BY: dict[str, list[str]] = {
     "megatron_train": ["logits_in_fp32", "model_args.attn_implementation", "model_args.disable_gradient_checkpointing"],
     "megatron_infer": ["logits_in_fp32", "model_args.attn_implementation"],
 }
+# What only a process that holds a model reads.
+OF_MODELS = [
+    "model_args",
+    "training_args",
+    "data_args",
+    "strategy_args",
+    "infer_batch_size",
+    "logits_in_fp32",
+    "use_sequence_packing",
+    "sequence_packing_args",
+    "use_dynamic_batching_in_train",
+    "max_tokens_per_microbatch_in_train",
+    "use_dynamic_batching_in_infer",
+    "max_tokens_per_microbatch_in_infer",
+    "cpu_threads",
+    "backend_timeout",
+]
 NOT_YET_RUN = "is not run by this version yet"
 # How ROLL writes a dtype in `strategy_config`.
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
