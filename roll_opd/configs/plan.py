@@ -9,7 +9,7 @@ from typing import Any
 
 from roll_opd.configs.agentic_config import AgenticConfig, EnvManagerConfig
 from roll_opd.configs.device_mapping import format_devices
-from roll_opd.configs.launch_checks import model_holders, starts_critic, weight_followers
+from roll_opd.configs.launch_checks import launch_warnings, model_holders, starts_critic, weight_followers
 from roll_opd.configs.loader import LoadedConfig
 from roll_opd.configs.memory import DeviceGroup, Footprint, device_groups, footprint, head_bytes, show_size, turn_bytes
 from roll_opd.configs.worker_config import WorkerConfig
@@ -51,7 +51,7 @@ def plan_as_dict(loaded: LoadedConfig) -> dict[str, Any]:
             {"devices": list(group.devices), "roles": list(group.roles)}
             for group in device_groups(model_holders(config, names))
         ],
-        "warnings": list(loaded.warnings),
+        "warnings": [*loaded.warnings, *launch_warnings(loaded)],
     }
 
 

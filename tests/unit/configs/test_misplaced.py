@@ -18,6 +18,7 @@ from roll_opd.configs import (
     build_config,
     launch_blockers,
     launch_warnings,
+    plan_as_dict,
 )
 from roll_opd.configs.builder import field_types
 from roll_opd.configs.misplaced import UNREAD_REWARD
@@ -213,3 +214,10 @@ def test_samples_are_silent() -> None:
     for base, launcher in (*RUNS.values(), (AGENTIC, "agentic")):
         loaded = build_config(base, launcher)
         assert launch_warnings(loaded) == [] and launch_blockers(loaded) == []
+
+
+def test_a_plan_tells_what_a_launch_would() -> None:
+    loaded = build_config(changed(PURE, {"teacher.generating_args.temperature": 0.5}), OPD)
+    (told,) = launch_warnings(loaded)
+    assert told.startswith(f"{PREFIX}teacher.generating_args.temperature (")
+    assert told in plan_as_dict(loaded)["warnings"]
