@@ -31,24 +31,29 @@ class Move:
         then: stored.
         now: measured.
         worse: whether it moved further to the worse than it may.
+        ranges: smallest and largest of what ``then`` and ``now`` are medians of, in words; few pairs of ragged lengths
+            lie far apart.
     """
 
     what: str
     then: float
     now: float
     worse: bool
+    ranges: str = ""
 
     def __str__(self) -> str:
         change = self.now / self.then - 1
-        return f"{self.what}: {self.then:.4g} → {self.now:.4g} ({change:+.1%}){'  WORSE' if self.worse else ''}"
+        told = f"{self.what}: {self.then:.4g} → {self.now:.4g} ({change:+.1%})"
+        return told + (f"; {self.ranges}" if self.ranges else "") + ("  WORSE" if self.worse else "")
 
 
 def moves(name: str, stored: Mapping[str, Any], measured: Mapping[str, Any]) -> list[Move]:
     """Compare the results of one regime."""
     ratios = stored["ratio"]["median"], measured["ratio"]["median"]
+    ranges = [f"{result['ratio']['min']:.3g} to {result['ratio']['max']:.3g}" for result in (stored, measured)]
     memory = stored["ours"]["peak_pss_mib"], measured["ours"]["peak_pss_mib"]
     return [
-        Move(f"{name}, ratio to TRL", *ratios, worse=ratios[1] < (1 - SLOWER) * ratios[0]),
+        Move(f"{name}, ratio to TRL", *ratios, worse=ratios[1] < (1 - SLOWER) * ratios[0], ranges=" → ".join(ranges)),
         Move(f"{name}, peak memory MiB", *memory, worse=memory[1] > (1 + LARGER) * memory[0]),
     ]
 

@@ -183,11 +183,12 @@ def test_verdicts_are_plain():
 )
 def test_the_guard_allows_a_sixth_of_the_ratio_and_a_twentieth_of_the_memory(ratio, memory, worse):
     def result(ratio: float, memory: float) -> dict:
-        return {"ratio": {"median": ratio}, "ours": {"peak_pss_mib": memory}}
+        return {"ratio": {"median": ratio, "min": ratio - 0.5, "max": ratio + 1}, "ours": {"peak_pss_mib": memory}}
 
     found = moves("fixed", result(2.0, 1000.0), result(ratio, memory))
     assert [move.worse for move in found] == worse
     assert ["WORSE" in str(move) for move in found] == worse
+    assert f"; 1.5 to 3 → {ratio - 0.5:.3g} to {ratio + 1:.3g}" in str(found[0])
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------------
